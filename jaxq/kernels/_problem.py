@@ -54,9 +54,10 @@ class Problem:
         row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_AS_STORED`
         use it. They get the columns of x in the order of the codes, and scales and zero
         points as `[e, n, num_groups]`.
-      x_codes: the float8 format of x, or None if x is not made of float8 codes.
-        `x_dtype` is then bfloat16, which holds these codes. A kernel multiplies them by
-        integer codes without rounding, and scales the sums.
+      x_codes: the format of the codes in x, or None if x is not made of codes.
+        `x_dtype` is then bfloat16, which holds these codes: float8, or int8 in the
+        family "ragged". A kernel multiplies them by integer codes without rounding, and
+        scales the sums.
 
     Example:
       >>> from jaxq.kernels import Problem, choose

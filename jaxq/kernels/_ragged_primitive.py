@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec
 
 from jaxq.kernels._call import Call, float_leaves, problem_of, with_leaves
 from jaxq.kernels._choice import kernel_on
+from jaxq.kernels._codes import is_float8
 from jaxq.kernels._dispatch import block_bytes_on
 from jaxq.kernels._forms import in_memory_order, kernel_operands, pad_columns
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
@@ -46,6 +47,8 @@ from jaxq.meshes import call_on_auto_axes, explicit_spec
 
 # The kernels that read scales `[e, n, g]`. Other kernels get them as `[e, g, n]`.
 _SCALES_AS_STORED = ("ragged_triton",)
+# The kernels that also read x as float8. Other kernels get float8 codes as bfloat16.
+_READS_FLOAT8 = ("ragged_tpu",)
 
 
 def ragged_matmul(
@@ -54,7 +57,9 @@ def ragged_matmul(
     """Computes `x[i] @ decode(rows[expert of i]).T` for every row i of x.
 
     Args:
-      x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
+      x: `[m, k]`, sorted by expert. Weights are rounded to its dtype if it is a float
+        of at least 16 bits. int8 and float8 mean codes, for weights in an integer
+        format: their products are not rounded before the sums.
       rows: matrices `[n, k]` with a leading axis e in every leaf.
       sizes: int32 `[e]`, the number of rows of x of each expert. A negative size counts
         as zero. If x has more rows, the result of the last rows is zero.
@@ -92,9 +97,15 @@ def ragged_problem(call: Call, m: int, leaves: Sequence[Any], x_dtype: Any) -> A
       A `Problem` or a reason. In the problem, e is the number of experts and m the
       number of rows of all experts together.
     """
-    e = leaves[call.leaves.index("data")].shape[0]
-    x = jax.ShapeDtypeStruct((e, m, call.meta.k), x_dtype)
-    return problem_of(call, x, leaves)
+    e, x_dtype = leaves[call.leaves.index("data")].shape[0], jnp.dtype(x_dtype)
+    # Kernels multiply int8 codes in bfloat16, which holds them.
+    is_int8 = x_dtype == jnp.int8
+    kernel_dtype = jnp.bfloat16 if is_int8 else x_dtype
+    x = jax.ShapeDtypeStruct((e, m, call.meta.k), kernel_dtype)
+    problem = problem_of(call, x, leaves)
+    if is_int8 and isinstance(problem, Problem):
+        return dataclasses.replace(problem, x_codes="int8")
+    return problem
 
 
 # The two ways to compute the product.
@@ -105,6 +116,9 @@ def ragged_form(
 ) -> jax.Array:
     """Computes what `ragged_p` computes in plain XLA."""
     xla_form = ragged_transposed_xla_form if call.transposed else ragged_xla_form
+
+    if x.dtype == jnp.int8 or is_float8(x.dtype):
+        x = x.astype(jnp.float32)
 
     def product(x: jax.Array, sizes: jax.Array, *leaves: jax.Array) -> jax.Array:
         # `lax.ragged_dot` has no rule for explicit mesh axes. In a program that is
@@ -175,6 +189,8 @@ def ragged_kernel_form(
         problem,
         scales_as_stored=kernel in _SCALES_AS_STORED,
     )
+    if kernel not in _READS_FLOAT8 or x.dtype == jnp.int8:
+        x = x.astype(problem.x_dtype)
     rows = pad_columns(x.reshape(1, b * m, x.shape[2]), call.meta)
     rows = in_memory_order(rows, call.meta)[0]
     items = work_items(sizes, b * m, tile_sizes["bm"], shared_weights=shared_weights)

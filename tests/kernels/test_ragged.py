@@ -246,6 +246,35 @@ def test_batches_of_qtensors_against_the_xla_form(name, preset, shared):
     assert error(y, expected) < 3e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "preset", "codes"),
+    thinned(
+        itertools.product(
+            KERNELS, ("int4", "uint4", "int8"), ("int8", "float8_e4m3fn", "float8_e5m2")
+        ),
+        [("ragged_tpu", "int4", "int8"), ("ragged_triton", "uint4", "float8_e5m2")],
+    ),
+)
+def test_codes_are_multiplied_without_rounding(name, preset, codes):
+    call, leaves = call_of(experts(preset))
+    sizes, m = [5, 0, 14], 21
+    x = np.clip(np.asarray(normal(m, 256)) * 40, -127, 127)
+    x = jnp.asarray(x).astype(codes)
+    form = functools.partial(ragged_kernel_form, call=call, kernel=name, interpret=True)
+    if name == "ragged_tpu" and codes != "int8" and preset != "int8":
+        # The matrix unit of v7x multiplies float8.
+        form = functools.partial(form, device_kind="TPU7x")
+    operands = x[None], jnp.array([sizes]), *(leaf[None] for leaf in leaves)
+    y = jax.jit(form, compiler_options=FAST)(*operands)[0]
+    w = np.asarray(jaxq.dequantize(experts(preset), dtype="float32"), np.float64)
+    x = np.asarray(x.astype("float32"), np.float64)
+    parts = [x[:5] @ w[0], x[5:19] @ w[2], np.zeros((2, 136))]
+    # bfloat16 weights would give an error of more than 1e-3.
+    assert error(y, np.concatenate(parts)) < 2e-6
+    xla_form = jax.jit(functools.partial(ragged_form, call=call))
+    assert error(xla_form(*operands)[0], np.concatenate(parts)) < 2e-6
+
+
 # The primitive.
 
 
