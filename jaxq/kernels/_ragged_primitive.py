@@ -218,7 +218,7 @@ def _form(
     target: Target, avals: Sequence[Any], *, call: Call
 ) -> Callable[..., jax.Array]:
     """What the primitive computes on a target: a kernel or the XLA form."""
-    kernel = None if call.transposed else _kernel_on(target, avals, call)
+    kernel = _kernel_on(target, avals, call)
     if kernel is not None:
         return functools.partial(
             ragged_kernel_form,
@@ -237,7 +237,8 @@ def _kernel_on(target: Target, avals: Sequence[Any], call: Call) -> str | None:
     merged = [_without_batch(leaf.shape, leaf.dtype) for leaf in leaves]
     problem = ragged_problem(call, x.shape[0] * x.shape[1], merged, x.dtype)
     product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
-    return kernel_on(target, problem, "ragged", product)
+    # A user cannot act on a warning about a derivative.
+    return kernel_on(target, problem, "ragged", product, quiet=call.backward)
 
 
 def _without_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -284,7 +285,8 @@ def _jvp(primals, tangents, *, call: Call):
     y = _bind(ragged_p, primals, call)
     terms = []
     if type(x_dot) is not ad.Zero:
-        terms.append(_bind(ragged_p, [x_dot, sizes, *leaves], call))
+        derivative = dataclasses.replace(call, backward=True)
+        terms.append(_bind(ragged_p, [x_dot, sizes, *leaves], derivative))
     by_name = dict(zip(call.leaves, leaf_dots, strict=True))
     dots = [by_name[name] for name in float_leaves(call)]
     if any(type(dot) is not ad.Zero for dot in dots):
@@ -306,7 +308,7 @@ def _transpose(ct, x, sizes, *leaves, call: Call):
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval), *no_cotangents]
     dtype = x.aval.dtype
-    backward = dataclasses.replace(call, transposed=not call.transposed)
+    backward = dataclasses.replace(call, transposed=not call.transposed, backward=True)
     dx = _bind(ragged_p, [ct.astype(dtype), sizes, *leaves], backward)
     return [dx.astype(dtype), *no_cotangents]
 

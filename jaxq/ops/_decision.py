@@ -37,6 +37,7 @@ from jaxq.ops._facts import (
     facts_of,
 )
 from jaxq.ops._plan import Path, Plan, Preparation
+from jaxq.ops._platform_choice import choose_on, with_choice
 from jaxq.ops._weight_rows import row_meta, row_shapes, why_not_rows
 from jaxq.qtensor import QTensor
 
@@ -353,7 +354,9 @@ def _plan_float8(
     plan = functools.partial(prepared.plan, "codes", swapped=swapped)
     reason = f"{x.fmt.name} codes are multiplied by {weight.fmt.name} weights"
     if row_shapes(x)["scale"].shape[-1] == 1:
-        reason += "; the scale of each row of the activation multiplies the result"
+        one_scale = math.prod(x.scale.shape) == 1 and not x.batch_shape
+        rows = "" if one_scale else "each row of "
+        reason += f"; the scale of {rows}the activation multiplies the result"
         return plan(reason, x_dtype=_dtype_of_float8(x, weight))
     # The numbers of the weight must fit in float8, or in bfloat16.
     is_exact = weight.fmt.kind == "integer" or is_exact_in_float8(weight.fmt)
@@ -565,29 +568,6 @@ def derivative_on_platform(
     )
     problem = _kernel_problem(plan, lhs, rhs, dims)
     return with_choice(plan, choose_on(platform, problem, num_devices), platform)
-
-
-def choose_on(
-    platform: str,
-    problem: Any,
-    num_devices: int,
-    family: kernels.Family = "product",
-) -> kernels.Choice:
-    """The kernel for a problem on the devices that this process or a mesh names."""
-    has_kernels = platform in kernels.PLATFORMS
-    device_kind = kernels.device_kind(platform) if has_kernels else None
-    return kernels.choose(problem, platform, device_kind, num_devices, family=family)
-
-
-def with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
-    """The plan with what computes its product on a platform."""
-    return dataclasses.replace(
-        plan,
-        kernel=choice.backend,
-        why_no_kernel=choice.reason,
-        passed_over=choice.passed_over,
-        platform=platform,
-    )
 
 
 def _with_activation_choice(plan: Plan, choice: kernels.Choice | None) -> Plan:

@@ -83,7 +83,9 @@ def ragged_dot(
             jnp.asarray(group_sizes),
             preferred_element_type,
         )
-    x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
+    if not isinstance(x, QTensor):  # `check_ragged` raises otherwise
+        x = jnp.asarray(x)
+    group_sizes = jnp.asarray(group_sizes)
     x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
     sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
@@ -122,6 +124,11 @@ def check_ragged(x: Any, weights: Any, group_sizes: Any, caller: str) -> str:
         raise TypeError(
             f"{caller}: weights must be a QTensor, got {type(weights).__name__}. "
             "Use jax.lax.ragged_dot for arrays."
+        )
+    if isinstance(x, QTensor):
+        raise TypeError(
+            f"{caller}: x must be a float32, bfloat16 or float16 matrix, got {x!r}. "
+            "Pass the rows as floats. weights.with_activation quantizes them."
         )
     check_leaves(weights, caller)
     shown = (

@@ -577,12 +577,30 @@ def test_explain_checks_its_operands():
         jaxq.explain(x, weights, group_sizes=sizes[:2])
     with pytest.raises(TypeError, match="explain: weights must be a QTensor"):
         jaxq.explain(x, x, group_sizes=sizes)
+    codes = jaxq.quantize(x, "int8", contracting=-1)
+    with pytest.raises(TypeError, match="ragged_dot: x must be .* got QTensor"):
+        ragged_dot(codes, weights, sizes)
+    with pytest.raises(TypeError, match="explain: x must be .* got QTensor"):
+        jaxq.explain(codes, weights, group_sizes=sizes)
     with pytest.raises(ValueError, match="Leave out dimension_numbers"):
         jaxq.explain(x, weights, (((1,), (1,)), ((), ())), group_sizes=sizes)
     with pytest.raises(ValueError, match="gradient runs in plain XLA"):
         jaxq.explain(x, weights, group_sizes=sizes, derivative=True)
     scaled = weights.with_input_scale(jnp.ones((3, 256)))
     assert jaxq.explain(x, scaled, group_sizes=sizes).before == ("scale_left",)
+
+
+def test_derivatives_do_not_warn():
+    """A user cannot act on a warning about a derivative."""
+    x, weights, sizes = operands_of(experts("int3"))
+
+    def tangent(x, x_dot, weights, sizes):
+        product = functools.partial(ragged_dot, group_sizes=sizes)
+        return jax.jvp(lambda x: product(x, weights), (x,), (x_dot,))[1]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kernels.FallbackWarning)
+        lowered_for("tpu", tangent, x, x, weights, sizes)
 
 
 def test_choices_without_a_kernel_have_reasons():
