@@ -18,6 +18,8 @@ from jaxq.kernels._call import Call as Call
 from jaxq.kernels._call import problem_of as problem_of
 from jaxq.kernels._call import with_index as with_index
 from jaxq.kernels._choice import Choice, FallbackWarning, choose
+from jaxq.kernels._choice import choose_kernel as choose_kernel
+from jaxq.kernels._choice import known_platform as known_platform
 from jaxq.kernels._codes import is_exact_in_float8 as is_exact_in_float8
 from jaxq.kernels._codes import is_native_float as is_native_float
 from jaxq.kernels._codes import largest_exact_length as largest_exact_length

@@ -1,8 +1,8 @@
 """Chooses a kernel of any family for a platform, or says why none runs.
 
-`choose` decides by static facts alone, for any platform, without a device. A lowering
-rule asks `kernel_on`, which also warns if the platform has kernels and none of them
-runs.
+`choose` decides by static facts alone, for any platform, without a device. It checks
+its arguments, and `choose_kernel` does not. A lowering rule asks `kernel_on`, which
+also warns if the platform has kernels and none of them runs.
 
 A program for several devices is partitioned by XLA. XLA cannot partition a kernel, so
 the XLA form runs there. Inside `jax.shard_map` each device runs its own kernel.
@@ -11,17 +11,31 @@ the XLA form runs there. Inside `jax.shard_map` each device runs its own kernel.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxq import formats
 from jaxq.kernels._activation_problem import ActivationProblem
 from jaxq.kernels._attention_problem import AttentionProblem
 from jaxq.kernels._codes_problem import CodesProblem
 from jaxq.kernels._platform_primitive import Target
 from jaxq.kernels._preferences import why_dense, why_native
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._registry import PLATFORMS, Family, kernel_module, kernels_for
+from jaxq.kernels._registry import (
+    KERNELS,
+    PLATFORMS,
+    Family,
+    kernel_module,
+    kernels_for,
+)
 
 AnyProblem = Problem | CodesProblem | ActivationProblem | AttentionProblem
+# The families that compute problems of a class. The first one is the default.
+_FAMILIES: dict[type, tuple[Family, ...]] = {
+    Problem: ("product", "transposed", "ragged"),
+    CodesProblem: ("codes",),
+    ActivationProblem: ("activation",),
+    AttentionProblem: ("attention",),
+}
 
 
 class FallbackWarning(UserWarning):
@@ -64,22 +78,28 @@ def choose(
     device_kind: str | None,
     num_devices: int = 1,
     *,
-    family: Family = "product",
+    family: Family | None = None,
 ) -> Choice:
     """Chooses the kernel that computes a problem on a platform, by static facts alone.
 
     Args:
       problem: what to compute, or the reason why no kernel computes it, as `problem_of`
         returns it.
-      platform: "cpu", "tpu", "cuda", ...
+      platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm".
       device_kind: `jax.Device.device_kind`, or None if unknown.
       num_devices: number of devices over which XLA partitions the program.
-      family: the kernels to choose from: "product", "ragged", "codes", "activation" or
-        "attention". A product with `problem.transposed` has the kernels of the family
-        "transposed".
+      family: the kernels to choose from: "product", "transposed", "ragged", "codes",
+        "activation" or "attention". None is the family of the problem's class. For
+        `Problem` that is "product". A product with `problem.transposed` has the kernels
+        of the family "transposed".
 
     Returns:
       A `Choice`.
+
+    Raises:
+      TypeError: the family computes problems of another class.
+      ValueError: the family or the platform is unknown; or the family is "transposed"
+        and `problem.transposed` is False.
 
     Example:
       >>> from jaxq.kernels import Problem, choose
@@ -92,6 +112,59 @@ def choose(
       >>> choose(problem, "cpu", None).reason
       'there are no kernels for cpu'
     """
+    platform = known_platform(platform, "choose")
+    family = _checked_family(problem, family)
+    return choose_kernel(problem, platform, device_kind, num_devices, family=family)
+
+
+def known_platform(platform: str, caller: str) -> str:
+    """Returns the platform as jax names it when it lowers a program.
+
+    Raises:
+      ValueError: the platform is unknown.
+    """
+    known = ("cpu", "cuda", "gpu", "rocm", "tpu")
+    formats.check_choice(f"{caller}: platform", platform, known)
+    return "cuda" if platform == "gpu" else platform
+
+
+def _checked_family(problem: Any, family: Family | None) -> Family:
+    """The family of a problem. It raises if the family has other problems."""
+    if family is not None:
+        formats.check_choice("choose: family", family, tuple(KERNELS))
+    if isinstance(problem, str):
+        return family or "product"
+    problem_class = type(problem)
+    if problem_class not in _FAMILIES:
+        raise TypeError(
+            "choose: problem must be a Problem or another problem of jaxq.kernels, or "
+            f"a reason in words, got {problem_class.__name__}."
+        )
+    families = _FAMILIES[problem_class]
+    if family is None:
+        return families[0]
+    if family not in families:
+        raise TypeError(
+            f"choose: the family {family!r} does not compute a "
+            f"{problem_class.__name__}. Use family={families[0]!r}, or leave it out."
+        )
+    if family == "transposed" and not problem.transposed:
+        raise ValueError(
+            "choose: the family 'transposed' computes problems with transposed=True, "
+            f"got {problem}."
+        )
+    return family
+
+
+def choose_kernel(
+    problem: AnyProblem | str,
+    platform: str,
+    device_kind: str | None,
+    num_devices: int = 1,
+    *,
+    family: Family = "product",
+) -> Choice:
+    """`choose` without checks, on any platform that jax lowers for."""
     if platform not in PLATFORMS:
         return Choice("xla", f"there are no kernels for {platform}")
     if isinstance(problem, str):
@@ -100,6 +173,9 @@ def choose(
         family = "transposed"
     if problem.is_empty:
         return Choice("xla", "there is nothing to compute", preferred=True)
+    if family == "ragged" and isinstance(problem, Problem) and problem.transposed:
+        reason = "the product of rows with transposed weights of experts runs in XLA"
+        return Choice("xla", reason, preferred=True)
     reason = why_native(problem, platform, family)
     if reason is not None:
         return Choice("xla", reason, preferred=True)
@@ -150,7 +226,7 @@ def kernel_on(
       product: what is computed, in words, for the warning.
       quiet: True to give no warning.
     """
-    choice = choose(problem, *target, family=family)
+    choice = choose_kernel(problem, *target, family=family)
     if choice.reason is None:
         return choice.backend
     if target.platform in PLATFORMS and not choice.preferred and not quiet:

@@ -135,7 +135,8 @@ def _jvp(primals, tangents, *, call: Call):
     y = _bind(matmul_p, primals, call)
     terms = []
     if type(x_dot) is not ad.Zero:
-        terms.append(_bind(matmul_p, [x_dot, *leaves], call))
+        derivative = dataclasses.replace(call, backward=True)
+        terms.append(_bind(matmul_p, [x_dot, *leaves], derivative))
     by_name = dict(zip(call.leaves, leaf_dots, strict=True))
     dots = [by_name[name] for name in float_leaves(call)]
     if any(type(dot) is not ad.Zero for dot in dots):

@@ -57,9 +57,10 @@ class Problem:
         codes beyond the last whole unit are a shorter unit. None means that byte j of a
         row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_UNITS` use
         it. They get the columns of x in the order of the codes.
-      x_codes: the float8 format of x, or None if x is not made of float8 codes.
-        `x_dtype` is then bfloat16, which holds these codes. A kernel multiplies them by
-        integer codes without rounding, and scales the sums.
+      x_codes: the format of the codes in x, or None if x is not made of codes.
+        `x_dtype` is then bfloat16, which holds these codes: float8, or int8 in the
+        family "ragged". A kernel multiplies them by integer codes without rounding, and
+        scales the sums.
       stack: number of matrices in data if the kernel gets an index, else None.
 
     Example:

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec
 
 from jaxq.kernels._call import Call, float_leaves, problem_of, with_leaves
 from jaxq.kernels._choice import kernel_on
+from jaxq.kernels._codes import is_float8
 from jaxq.kernels._dispatch import block_bytes_on
 from jaxq.kernels._forms import in_memory_order, kernel_operands, pad_columns
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
@@ -39,7 +40,7 @@ from jaxq.kernels._ragged import (
     ragged_xla_form,
 )
 from jaxq.kernels._ragged_items import rows_with_experts, work_items
-from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._registry import READS_FLOAT8, kernel_module
 from jaxq.kernels._remat import save_like_dots
 from jaxq.kernels._rows import RowMeta, Rows
 from jaxq.meshes import call_on_auto_axes, explicit_spec
@@ -51,7 +52,9 @@ def ragged_matmul(
     """Computes `x[i] @ decode(rows[expert of i]).T` for every row i of x.
 
     Args:
-      x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
+      x: `[m, k]`, sorted by expert. Weights are rounded to its dtype if it is a float
+        of at least 16 bits. int8 and float8 mean codes, for weights in an integer
+        format: their products are not rounded before the sums.
       rows: matrices `[n, k]` with a leading axis e in every leaf.
       sizes: int32 `[e]`, the number of rows of x of each expert, not negative. If x has
         more rows, the result of the last rows is zero.
@@ -89,9 +92,15 @@ def ragged_problem(call: Call, m: int, leaves: Sequence[Any], x_dtype: Any) -> A
       A `Problem` or a reason. In the problem, e is the number of experts and m the
       number of rows of all experts together.
     """
-    e = leaves[call.leaves.index("data")].shape[0]
-    x = jax.ShapeDtypeStruct((e, m, call.meta.k), x_dtype)
-    return problem_of(call, x, leaves)
+    e, x_dtype = leaves[call.leaves.index("data")].shape[0], jnp.dtype(x_dtype)
+    # Kernels multiply int8 codes in bfloat16, which holds them.
+    is_int8 = x_dtype == jnp.int8
+    kernel_dtype = jnp.bfloat16 if is_int8 else x_dtype
+    x = jax.ShapeDtypeStruct((e, m, call.meta.k), kernel_dtype)
+    problem = problem_of(call, x, leaves)
+    if is_int8 and isinstance(problem, Problem):
+        return dataclasses.replace(problem, x_codes="int8")
+    return problem
 
 
 # The two ways to compute the product.
@@ -102,6 +111,9 @@ def ragged_form(
 ) -> jax.Array:
     """Computes what `ragged_p` computes in plain XLA."""
     xla_form = ragged_transposed_xla_form if call.transposed else ragged_xla_form
+
+    if x.dtype == jnp.int8 or is_float8(x.dtype):
+        x = x.astype(jnp.float32)
 
     def product(x: jax.Array, sizes: jax.Array, *leaves: jax.Array) -> jax.Array:
         # `lax.ragged_dot` has no rule for explicit mesh axes. In a program that is
@@ -167,6 +179,8 @@ def ragged_kernel_form(
     assert isinstance(problem, Problem), problem
     tile_sizes = module.default_tiles(problem, device_kind) | dict(tiles or {})
     operands = kernel_operands(call.rows(merged), call.meta, problem, kernel)
+    if kernel not in READS_FLOAT8 or x.dtype == jnp.int8:
+        x = x.astype(problem.x_dtype)
     rows = pad_columns(x.reshape(1, b * m, x.shape[2]), call.meta)
     rows = in_memory_order(rows, call.meta)[0]
     items = work_items(sizes, b * m, tile_sizes["bm"], shared_weights=shared_weights)
@@ -194,7 +208,7 @@ def _form(
     target: Target, avals: Sequence[Any], *, call: Call
 ) -> Callable[..., jax.Array]:
     """What the primitive computes on a target: a kernel or the XLA form."""
-    kernel = None if call.transposed else _kernel_on(target, avals, call)
+    kernel = _kernel_on(target, avals, call)
     if kernel is not None:
         return functools.partial(
             ragged_kernel_form,
@@ -213,7 +227,8 @@ def _kernel_on(target: Target, avals: Sequence[Any], call: Call) -> str | None:
     merged = [_without_batch(leaf.shape, leaf.dtype) for leaf in leaves]
     problem = ragged_problem(call, x.shape[0] * x.shape[1], merged, x.dtype)
     product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
-    return kernel_on(target, problem, "ragged", product)
+    # A user cannot act on a warning about a derivative.
+    return kernel_on(target, problem, "ragged", product, quiet=call.backward)
 
 
 def _without_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -260,7 +275,8 @@ def _jvp(primals, tangents, *, call: Call):
     y = _bind(ragged_p, primals, call)
     terms = []
     if type(x_dot) is not ad.Zero:
-        terms.append(_bind(ragged_p, [x_dot, sizes, *leaves], call))
+        derivative = dataclasses.replace(call, backward=True)
+        terms.append(_bind(ragged_p, [x_dot, sizes, *leaves], derivative))
     by_name = dict(zip(call.leaves, leaf_dots, strict=True))
     dots = [by_name[name] for name in float_leaves(call)]
     if any(type(dot) is not ad.Zero for dot in dots):
@@ -282,7 +298,7 @@ def _transpose(ct, x, sizes, *leaves, call: Call):
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval), *no_cotangents]
     dtype = x.aval.dtype
-    backward = dataclasses.replace(call, transposed=not call.transposed)
+    backward = dataclasses.replace(call, transposed=not call.transposed, backward=True)
     dx = _bind(ragged_p, [ct.astype(dtype), sizes, *leaves], backward)
     return [dx.astype(dtype), *no_cotangents]
 

@@ -47,7 +47,7 @@ READS_UNITS = ("mosaic_gpu", "triton_int8", "codes_triton")
 # kernels of products get `[e, g, n]`.
 READS_SCALES_AS_STORED = ("mosaic_gpu", "triton_int8", "ragged_triton")
 # The kernels that also read x as float8. Other kernels get float8 codes as bfloat16.
-READS_FLOAT8 = ("tpu",)
+READS_FLOAT8 = ("tpu", "ragged_tpu")
 # The kernels whose interpreter has effects. `matmul_p` cannot have effects.
 EFFECTFUL_INTERPRETERS = ("mosaic_gpu",)
 

@@ -11,26 +11,30 @@ product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive, primitives
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
-# `product_p(y, has_batch=)` is y.
+# `product_p(y, has_batch=, num_terms=)` is y.
 product_p = Primitive("quantized_product")
 
 
-def mark_product(y: jax.Array, *, has_batch: bool) -> jax.Array:
+def mark_product(y: jax.Array, *, has_batch: bool, num_terms: int) -> jax.Array:
     """Returns `y`. Policies of `jax.checkpoint` take it for a dot product.
 
     Args:
       y: the result of a product with a quantized weight.
       has_batch: the product has batch axes.
+      num_terms: the contracted length k. A policy is asked about operands
+        `[e, m, k]` and `[e, n, k]` with as many results as `y`.
     """
-    return product_p.bind(y, has_batch=has_batch)
+    return product_p.bind(y, has_batch=has_batch, num_terms=num_terms)
 
 
 def save_like_dots(primitive: Primitive, has_batch: Callable[[Any], bool]) -> None:
@@ -79,11 +83,19 @@ def _is_saved(policy: Callable[..., Any], equation: Any, has_batch: bool) -> boo
     avals = [var.aval for var in equation.invars]
     if _means_save(policy(equation.primitive, *avals, **equation.params)):
         return True
-    batch = ((0,), (0,)) if has_batch else ((), ())
+    e, m, n, k = _sizes(equation)
+    dtype = avals[0].dtype
+    if has_batch:
+        x, weight = ShapedArray((e, m, k), dtype), ShapedArray((e, n, k), dtype)
+        dimension_numbers = (((2,), (2,)), ((0,), (0,)))
+    else:
+        x, weight = ShapedArray((e * m, k), dtype), ShapedArray((n, k), dtype)
+        dimension_numbers = (((1,), (1,)), ((), ()))
     as_dot = policy(
         primitives.dot_general_p,
-        *avals,
-        dimension_numbers=(((1,), (1,)), batch),
+        x,
+        weight,
+        dimension_numbers=dimension_numbers,
         precision=None,
         preferred_element_type=None,
         out_sharding=None,
@@ -91,22 +103,32 @@ def _is_saved(policy: Callable[..., Any], equation: Any, has_batch: bool) -> boo
     return _means_save(as_dot)
 
 
+def _sizes(equation: Any) -> tuple[int, int, int, int]:
+    """The sizes (e, m, n, k) of the product that an equation computes or marks."""
+    first, y = equation.invars[0].aval, equation.outvars[0].aval
+    if equation.primitive is not product_p:
+        return *first.shape[:2], y.shape[-1], first.shape[-1]
+    *rows, n = (1, 1, *y.shape)
+    e = y.shape[0] if equation.params["has_batch"] and y.ndim > 1 else 1
+    return e, math.prod(rows) // max(e, 1), n, equation.params["num_terms"]
+
+
 def _means_save(answer: Any) -> bool:
     """True for the answers of a policy that mean "save": True, or jax's `Saveable`."""
     return answer is True or type(answer).__name__ == "SaveableType"
 
 
-def _batch(args, dims, *, has_batch: bool):
-    return product_p.bind(args[0], has_batch=has_batch), dims[0]
+def _batch(args, dims, **params):
+    return product_p.bind(args[0], **params), dims[0]
 
 
-def _jvp(primals, tangents, *, has_batch: bool):
-    return product_p.bind(primals[0], has_batch=has_batch), tangents[0]
+def _jvp(primals, tangents, **params):
+    return product_p.bind(primals[0], **params), tangents[0]
 
 
-product_p.def_impl(lambda y, has_batch: y)
-product_p.def_abstract_eval(lambda y, has_batch: y)
-mlir.register_lowering(product_p, lambda ctx, y, has_batch: [y])
+product_p.def_impl(lambda y, **params: y)
+product_p.def_abstract_eval(lambda y, **params: y)
+mlir.register_lowering(product_p, lambda ctx, y, **params: [y])
 batching.primitive_batchers[product_p] = _batch
 ad.primitive_jvps[product_p] = _jvp
 save_like_dots(product_p, lambda equation: equation.params["has_batch"])

@@ -7,6 +7,7 @@ no gradient. A number up to half a step beyond the range is rounded, not clipped
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -69,7 +70,12 @@ def multiply_quantized(
 
     def forward(x: jax.Array, weight: QTensor):
         has_batch = is_convolution or axes.num_batch > 0
-        y = kernels.mark_product(quantized(x, weight), has_batch=has_batch)
+        num_terms = math.prod(x.shape[axes.order[axis]] for axis in axes.contracting)
+        if is_convolution:
+            num_terms = weight.meta.geometry.contracted_size
+        y = kernels.mark_product(
+            quantized(x, weight), has_batch=has_batch, num_terms=num_terms
+        )
         return y, (x, weight)
 
     def backward(saved: tuple[jax.Array, QTensor], dy: jax.Array):

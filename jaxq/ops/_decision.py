@@ -37,6 +37,7 @@ from jaxq.ops._facts import (
     facts_of,
 )
 from jaxq.ops._plan import Path, Plan, Preparation
+from jaxq.ops._platform_choice import choose_on, with_choice
 from jaxq.ops._weight_rows import row_meta, row_shapes, why_not_rows
 from jaxq.qtensor import QTensor
 
@@ -353,7 +354,9 @@ def _plan_float8(
     plan = functools.partial(prepared.plan, "codes", swapped=swapped)
     reason = f"{x.fmt.name} codes are multiplied by {weight.fmt.name} weights"
     if row_shapes(x)["scale"].shape[-1] == 1:
-        reason += "; the scale of each row of the activation multiplies the result"
+        one_scale = math.prod(x.scale.shape) == 1 and not x.batch_shape
+        rows = "" if one_scale else "each row of "
+        reason += f"; the scale of {rows}the activation multiplies the result"
         return plan(reason, x_dtype=_dtype_of_float8(x, weight))
     # The numbers of the weight must fit in float8, or in bfloat16.
     is_exact = weight.fmt.kind == "integer" or is_exact_in_float8(weight.fmt)
@@ -565,29 +568,6 @@ def derivative_on_platform(
     )
     problem = _kernel_problem(plan, lhs, rhs, dims)
     return with_choice(plan, choose_on(platform, problem, num_devices), platform)
-
-
-def choose_on(
-    platform: str,
-    problem: Any,
-    num_devices: int,
-    family: kernels.Family = "product",
-) -> kernels.Choice:
-    """The kernel for a problem on the devices that this process or a mesh names."""
-    has_kernels = platform in kernels.PLATFORMS
-    device_kind = kernels.device_kind(platform) if has_kernels else None
-    return kernels.choose(problem, platform, device_kind, num_devices, family=family)
-
-
-def with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
-    """The plan with what computes its product on a platform."""
-    return dataclasses.replace(
-        plan,
-        kernel=choice.backend,
-        why_no_kernel=choice.reason,
-        passed_over=choice.passed_over,
-        platform=platform,
-    )
 
 
 def _with_activation_choice(plan: Plan, choice: kernels.Choice | None) -> Plan:
@@ -901,6 +881,39 @@ def ragged_activation(x: Any, weights: QTensor) -> CodesFacts | None:
     return activation
 
 
+def ragged_rows_dtype(x: Any, weights: QTensor) -> str:
+    """The dtype in which `ragged_dot` multiplies quantized rows by weights.
+
+    "int8" and float8 mean that codes with one scale per row are multiplied as they are.
+    This is exact, as in a product with one weight. Where codes become floats again, the
+    dtype is float32 if the product with one weight multiplies codes, because a narrower
+    dtype would round scaled weights.
+
+    Args:
+      x: the rows, sorted by expert, `[m, k]`.
+      weights: the stack of quantized weights with an activation spec.
+
+    Raises:
+      ValueError: as in `ragged_activation`.
+    """
+    activation, weight = ragged_activation(x, weights), facts_of(weights)
+    assert activation is not None
+    assert isinstance(weight, CodesFacts)
+    x_dtype, fmt = ragged_x_dtype(x, weights), weight.fmt
+    if weight.offset is not None or weight.codebook is not None:
+        return x_dtype
+    if activation.offset is not None or activation.codebook is not None:
+        return x_dtype
+    is_codes = activation.fmt.name == "int8" or is_native_float(activation.fmt)
+    has_one_scale = activation.scale.shape[-1] == 1
+    if fmt.kind == "integer" and is_codes and activation.symmetric and has_one_scale:
+        return activation.fmt.name
+    has_exact_groups = is_exact_in_float8(fmt) and not has_one_scale
+    if fmt.kind == "integer" or is_native_float(fmt) or has_exact_groups:
+        return "float32"
+    return x_dtype
+
+
 def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -> Plan:
     """The plan of `ragged_dot`, with the kernel that runs on a platform.
 
@@ -915,6 +928,9 @@ def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -
     """
     x_dtype, facts = ragged_x_dtype(x, weights), facts_of(weights)
     assert isinstance(facts, CodesFacts)
+    activation = ragged_activation(x, weights)
+    if activation is not None:
+        x_dtype = ragged_rows_dtype(x, weights)
     leaves = row_shapes(facts)
     call = kernels.Call(row_meta(weights.meta), tuple(leaves), "float32")
     problem = kernels.ragged_problem(
@@ -924,15 +940,22 @@ def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -
     prepared = _Prepared()
     if facts.input_scale:
         prepared = prepared.input_scaled(swapped=False)
-    activation, activation_choice = ragged_activation(x, weights), None
+    path, activation_choice = "weight_only", None
     if activation is not None:
         kind = _activation_kind(facts)
         prepared = prepared.left_quantized(activation.fmt.name, kind)
-        prepared = prepared.left_dequantized("ragged_dot multiplies floats by weights")
         activation_choice = _choose_activation(kind, activation, platform, num_devices)
+        if x_dtype == activation.fmt.name:
+            path = "codes"
+        else:
+            problem = f"its codes are multiplied in {x_dtype}"
+            prepared = prepared.left_dequantized(problem)
     reason = f"each row is multiplied by the {facts.fmt.name} weight of its expert"
-    reason += _widening(x.dtype.name, facts.dtype)
-    plan = prepared.plan("weight_only", reason, x_dtype=x_dtype)
+    if path == "codes":
+        reason += ", without rounding, and the scale of the row multiplies the result"
+    else:
+        reason += _widening(x.dtype.name, facts.dtype)
+    plan = prepared.plan(path, reason, x_dtype=x_dtype)
     plan = _with_activation_choice(plan, activation_choice)
     return with_choice(plan, choice, platform)
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq import formats
 from jaxq.ops._decision import (
     derivative_on_platform,
     plan_on_platform,
@@ -21,6 +20,7 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
+from jaxq.ops._platform_choice import known_platform, num_devices_of
 from jaxq.ops._ragged import check_ragged
 from jaxq.qtensor import QTensor, TrainedWeight
 
@@ -111,16 +111,6 @@ def explain(
     return derivative_on_platform(lhs, rhs, dims, platform, num_devices)
 
 
-def known_platform(platform: str | None, caller: str) -> str:
-    """The platform as jax names it when it lowers a program. None is the default."""
-    if platform is None:
-        platform = jax.default_backend()
-    else:
-        known = ("cpu", "cuda", "gpu", "rocm", "tpu")
-        formats.check_choice(f"{caller}: platform", platform, known)
-    return "cuda" if platform == "gpu" else platform
-
-
 def _as_described(operand: Any, derivative: bool) -> Any:
     """The operand as `dot_general` multiplies it, or its shapes.
 
@@ -132,12 +122,3 @@ def _as_described(operand: Any, derivative: bool) -> Any:
         values = TrainedWeight.fake_quant if derivative else TrainedWeight.quantize
         return jax.eval_shape(values, operand)
     return operand if hasattr(operand, "ndim") else jnp.asarray(operand)
-
-
-def num_devices_of(*operands: Any) -> int:
-    """The largest number of devices over which one operand is sharded."""
-    num_devices = 1
-    for leaf in jax.tree.leaves(list(operands)):
-        devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
-        num_devices = max(num_devices, len(devices))
-    return num_devices

@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.kernels import ragged_matmul
-from jaxq.ops._decision import ragged_activation, ragged_x_dtype, result_dtype
+from jaxq.ops._decision import (
+    ragged_activation,
+    ragged_rows_dtype,
+    ragged_x_dtype,
+    result_dtype,
+)
 from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._ragged_activation import multiply_quantized_rows
 from jaxq.ops._trained import multiply_trained
@@ -38,9 +43,10 @@ def ragged_dot(
     every expert at a time.
 
     If the weights have an activation spec (`with_activation`), each row of x is
-    quantized first. A static range is the range of the row's expert. The codes are
-    multiplied as floats in the dtype of the product. This gives the numbers of
-    `x_rows @ weights[i]` for each expert i, up to rounding.
+    quantized first. A static range is the range of the row's expert. This gives the
+    numbers of `x_rows @ weights[i]` for each expert i. The two differ by the order of
+    float32 sums. int8 and float8 codes with one scale per row are multiplied by integer
+    weights without rounding. Other products of codes run in float32.
 
     Args:
       x: float32, bfloat16 or float16 `[m, k]`, sorted by expert.
@@ -77,7 +83,9 @@ def ragged_dot(
             jnp.asarray(group_sizes),
             preferred_element_type,
         )
-    x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
+    if not isinstance(x, QTensor):  # `check_ragged` raises otherwise
+        x = jnp.asarray(x)
+    group_sizes = jnp.asarray(group_sizes)
     x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
     sizes = _row_counts(group_sizes)
@@ -85,7 +93,8 @@ def ragged_dot(
     if weights.meta.activation is None:
         y = _multiply(x.astype(x_dtype), weights, sizes)
     else:
-        y = multiply_quantized_rows(x, weights, sizes, _multiply, x_dtype)
+        rows_dtype = ragged_rows_dtype(x, weights)
+        y = multiply_quantized_rows(x, weights, sizes, _multiply, x_dtype, rows_dtype)
     return y.astype(out_dtype)
 
 
@@ -95,7 +104,7 @@ def _row_counts(group_sizes: jax.Array) -> jax.Array:
 
 
 def _multiply(x: jax.Array, weights: QTensor, sizes: jax.Array) -> jax.Array:
-    """The product of floats with weights without activation spec, float32 `[m, n]`."""
+    """The product of rows with weights without activation spec, float32 `[m, n]`."""
     rows = jax.vmap(lambda weight: weight_rows(weight)[0])(weights)
     return ragged_matmul(x, rows, sizes, row_meta(weights.meta))
 
@@ -120,6 +129,11 @@ def check_ragged(x: Any, weights: Any, group_sizes: Any, caller: str) -> str:
         raise TypeError(
             f"{caller}: weights must be a QTensor, got {type(weights).__name__}. "
             "Use jax.lax.ragged_dot for arrays."
+        )
+    if isinstance(x, QTensor):
+        raise TypeError(
+            f"{caller}: x must be a float32, bfloat16 or float16 matrix, got {x!r}. "
+            "Pass the rows as floats. weights.with_activation quantizes them."
         )
     check_leaves(weights, caller)
     shown = (

@@ -1,10 +1,9 @@
 """Rows sorted by expert, quantized before they are multiplied.
 
-Each row is quantized by the activation spec of the weights. The kernels and the XLA
-form of `ragged_dot` multiply floats by decoded weights, so the codes become floats
-again. If a row has one scale, the codes are multiplied without it, and the result is
-multiplied by it. bfloat16 and float16 hold integer codes of 8 bits and float8 exactly,
-and would round codes times scales.
+Each row is quantized by the activation spec of the weights. If a row has one scale, the
+codes are multiplied without it, and the result is multiplied by it. int8 and float8
+codes are multiplied by integer weights as codes: the kernels round nothing before the
+sums. In all other products the codes become floats again (`ragged_rows_dtype`).
 
 The gradient passes straight through the rounding, as in `_activations.py`.
 """
@@ -30,6 +29,7 @@ def multiply_quantized_rows(
     sizes: jax.Array,
     multiply: Multiply,
     x_dtype: str,
+    rows_dtype: str,
 ) -> jax.Array:
     """The product of quantized rows, sorted by expert, with the experts' weights.
 
@@ -39,7 +39,10 @@ def multiply_quantized_rows(
       sizes: int32 `[e]`, at least 0.
       multiply: the product of floats with weights. It must not close over traced
         arrays.
-      x_dtype: the dtype in which rows are multiplied.
+      x_dtype: the dtype in which rows that are not quantized are multiplied, in the
+        derivative.
+      rows_dtype: the dtype in which quantized rows are multiplied, as
+        `ragged_rows_dtype` returns it.
 
     Returns:
       float32 `[m, n]`.
@@ -48,14 +51,16 @@ def multiply_quantized_rows(
     @jax.custom_jvp
     def product(x: jax.Array, weights: QTensor, sizes: jax.Array) -> jax.Array:
         activation = _quantized_rows(x, weights, sizes)
-        without_spec, factor = weights.with_activation(None), None
-        if _has_one_scale(activation):
-            factor = activation.scale.reshape(-1, 1).astype(jnp.float32)  # [m, 1]
-            ones = jnp.ones_like(activation.scale)
-            activation = dataclasses.replace(activation, scale=ones)
-        rows = dequantize(activation, dtype=x_dtype).reshape(x.shape)
-        y = multiply(rows, without_spec, sizes)
-        return y if factor is None else y * factor
+        without_spec = weights.with_activation(None)
+        if not _has_one_scale(activation):
+            rows = dequantize(activation, dtype=rows_dtype).reshape(x.shape)
+            return multiply(rows, without_spec, sizes)
+        rows = _rows_without_scale(activation, rows_dtype).reshape(x.shape)
+        row_scale = activation.scale.reshape(-1, 1).astype(jnp.float32)  # [m, 1]
+        # A row of no expert may have any scale, also NaN, and its result is zero.
+        has_expert = jnp.arange(x.shape[0]) < jnp.sum(sizes)
+        row_scale = jnp.where(has_expert[:, None], row_scale, 0.0)
+        return multiply(rows, without_spec, sizes) * row_scale
 
     @product.defjvp
     def derivative(primals, tangents):
@@ -87,6 +92,17 @@ def _ranges_of_rows(weights: QTensor, sizes: jax.Array, num_rows: int) -> jax.Ar
     """The static range of each row, float32 `[m, 2]`."""
     assert weights.input_range is not None
     return jnp.repeat(weights.input_range, sizes, axis=0, total_repeat_length=num_rows)
+
+
+def _rows_without_scale(activation: QTensor, rows_dtype: str) -> jax.Array:
+    """The numbers that are multiplied by the scales of rows, in `rows_dtype`."""
+    fmt = activation.spec.fmt
+    if rows_dtype == fmt.name == "int8":
+        return activation.data
+    if rows_dtype == fmt.name:
+        return jax.lax.bitcast_convert_type(activation.data, jnp.dtype(fmt.name))
+    ones = jnp.ones_like(activation.scale)
+    return dequantize(dataclasses.replace(activation, scale=ones), dtype=rows_dtype)
 
 
 def _has_one_scale(activation: QTensor) -> bool:

@@ -48,8 +48,8 @@ def scan_in_place(fn: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     A scan over layers (`lax.scan`, `nnx.scan`, linen's `nn.scan`) slices each stacked
     QTensor. If a kernel computes the product, XLA copies the codes of the layer first.
     In the result of `scan_in_place` the kernel gets the whole stack and the number of
-    the layer. Scales are still sliced. They are a small part of a weight. `ragged_dot`
-    and products of codes with scales in groups still get a copy of their slice.
+    the layer. Scales are still sliced. They are a small part of a weight. The kernels
+    of `ragged_dot` and of codes with scales in groups still get a copy of their slice.
 
     The results are the same, bit for bit. So are the derivatives. A product that no
     kernel computes runs in plain XLA and slices its codes, as without `scan_in_place`.
@@ -62,8 +62,9 @@ def scan_in_place(fn: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
       A function with the arguments and results of `fn`. Wrap it in `jax.jit`.
 
     Warns:
-      FallbackWarning: when called, if no scan of `fn` slices codes for a product, or if
-        a product in a scan gets its codes in another way. The message gives the reason.
+      FallbackWarning: when called, if no scan of `fn` slices codes for a product, if a
+        product in a scan gets its codes in another way, or if it has a kernel that gets
+        a copy of its slice. The message gives the reason.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -80,15 +81,28 @@ def scan_in_place(fn: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     @functools.wraps(fn, updated=())
     def in_place(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
-        _warn(_products_of(closed.jaxpr))
+        _warn(_products_of(closed.jaxpr), _copying_products(closed.jaxpr).in_scans)
         outs = _evaluate(closed, jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
     return in_place
 
 
-def _warn(products: _Products) -> None:
-    """Warns if a product in a scan gets codes that are not a slice, or if none does."""
+def _warn(products: _Products, copying: Sequence[str]) -> None:
+    """Warns if a product in a scan gets codes that are not a slice, or if none does.
+
+    Args:
+      products: the products that can read a stack.
+      copying: names of products in scans whose kernels read a copy of their slice.
+    """
+    if copying:
+        names = ", ".join(sorted(set(copying)))
+        warnings.warn(
+            "scan_in_place: the kernels of some products in a scan cannot read a "
+            f"stack ({names}), so the codes of each slice are copied first.",
+            kernels.FallbackWarning,
+            stacklevel=3,
+        )
     if products.copied:
         reasons = ", ".join(sorted(set(products.copied)))
         warnings.warn(
@@ -98,11 +112,10 @@ def _warn(products: _Products) -> None:
             kernels.FallbackWarning,
             stacklevel=3,
         )
-    elif not products.num_stacks:
+    elif not products.num_stacks and not copying:
         warnings.warn(
             "scan_in_place: no scan in this function slices a stacked QTensor for a "
-            "product that can read a stack, so nothing changes. ragged_dot and "
-            "products of codes with scales in groups cannot.",
+            "product that can read a stack, so nothing changes.",
             kernels.FallbackWarning,
             stacklevel=3,
         )
@@ -209,6 +222,80 @@ def _products_of(jaxpr: Any) -> _Products:
             for position in products.inputs & passed:
                 read(equation.invars[position])
     return _Products(frozenset(inputs), num_stacks, tuple(computed), tuple(copied))
+
+
+class _Copying(NamedTuple):
+    """The products of a jaxpr that have a kernel which cannot read a stack.
+
+    Attributes:
+      inputs: names of such products, by the position of the input that is their codes.
+      in_scans: the name of each such product whose codes are a slice of a scan.
+    """
+
+    inputs: dict[int, str]
+    in_scans: list[str]
+
+
+def _copying_products(jaxpr: Any) -> _Copying:
+    """Finds products whose kernels cannot read a stack, also in inner functions."""
+    origins = {variable: [i] for i, variable in enumerate(jaxpr.invars)}
+    inputs, in_scans = {}, []
+
+    def read(atom: Any, product: str) -> None:
+        """Notes that a product takes this value as codes."""
+        if not isinstance(atom, jex.core.Literal):
+            inputs.update(dict.fromkeys(origins.get(atom, ()), product))
+
+    for equation in jaxpr.eqns:
+        if _is_reshape(equation):
+            operand, result = equation.invars[0], equation.outvars[0]
+            if not isinstance(operand, jex.core.Literal):
+                origins[result] = origins.get(operand, [])
+        product = _copying_product(equation)
+        if product is not None:
+            name, position = product
+            read(equation.invars[position], name)
+        passed = _passed(equation)
+        is_scan = equation.primitive.name == "scan"
+        slices = _xs_positions(equation) if is_scan else frozenset()
+        for inner in _functions(equation):
+            products = _copying_products(inner)
+            in_scans += products.in_scans
+            for position, name in products.inputs.items():
+                if position in slices:
+                    in_scans.append(name)
+                elif position in passed:
+                    read(equation.invars[position], name)
+    return _Copying(inputs, in_scans)
+
+
+def _copying_product(equation: Any) -> tuple[str, int] | None:
+    """The name of a product whose kernel reads a copy, and the position of its codes.
+
+    None for other equations, and for products that no kernel computes.
+    """
+    name = equation.primitive.name
+    if name not in ("quantized_ragged_dot", "codes_matmul"):
+        return None
+    call, avals = equation.params["call"], [atom.aval for atom in equation.invars]
+    if name == "codes_matmul":
+        problem = call.problem(avals)
+        if isinstance(problem, str) or problem.num_groups == 1:
+            return None
+        position = len(call.a_leaves) + call.b_leaves.index("data")
+        return "codes with scales in groups", position
+    x, _, *leaves = avals
+    stacked = [_without_batch(leaf) for leaf in leaves]
+    problem = kernels.ragged_problem(call, x.shape[1], stacked, x.dtype)
+    if isinstance(problem, str) or problem.transposed:
+        return None
+    return "ragged_dot", 2 + call.leaves.index("data")
+
+
+def _without_batch(leaf: Any) -> jax.ShapeDtypeStruct:
+    """`[b, e, ...]` as `[b * e, ...]`."""
+    shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
 
 def _origin(origins: dict, atom: Any) -> list[int]:

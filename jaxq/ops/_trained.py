@@ -76,9 +76,10 @@ def multiply_trained(
         # keeps only `x` and `weight`.
         smooth = jax.checkpoint(smooth_product, prevent_cse=False)
         _, tangent = jax.jvp(smooth, primals, tangents)
-        y = product(*primals)
+        y, weight = product(*primals), primals[1]
         if has_batch is not None:
-            y = kernels.mark_product(y, has_batch=has_batch)
+            num_terms = weight.meta.geometry.contracted_size
+            y = kernels.mark_product(y, has_batch=has_batch, num_terms=num_terms)
         return y, tangent
 
     def smooth_product(x: Any, weight: TrainedWeight) -> jax.Array:

@@ -35,7 +35,10 @@ def spec(fmt: str, group: int | None, **options) -> jaxq.QuantSpec:
 
 
 def cases(platform: str) -> dict[str, tuple]:
-    """A spec, sizes, the dtype of x and the layout of each case."""
+    """A spec, sizes, the dtype of x and the layout of each case.
+
+    Some cases have the format of quantized rows as well.
+    """
     layouts = ("rows", "columns") if platform == "tpu" else ("rows",)
     out = {}
     for fmt, group, layout in itertools.product(
@@ -50,17 +53,24 @@ def cases(platform: str) -> dict[str, tuple]:
         out[f"{fmt} tails {layout}"] = tails
         for dtype in ("float16", "float32"):
             out[f"{fmt} {dtype} {layout}"] = (spec(fmt, 64), DECODE, dtype, layout)
+    for fmt, codes, layout in itertools.product(
+        ("int4", "uint4", "int8"), ("int8", "float8_e4m3fn"), layouts
+    ):
+        for name, sizes in (("decode", DECODE), ("prefill", PREFILL)):
+            key = f"{fmt} {codes} codes {layout} {name}"
+            out[key] = (spec(fmt, 128), sizes, "bfloat16", layout, codes)
     return out
 
 
 def problem_of(target: Target, case: tuple) -> str | None:
     """Compiles one case. Returns what is wrong, or None."""
-    weight_spec, (m, e, k, n), dtype, layout = case
+    weight_spec, (m, e, k, n), dtype, layout, *codes = case
+    activation = jaxq.QuantSpec(codes[0], jaxq.PerToken()) if codes else None
 
     def experts() -> jaxq.QTensor:
         w = jax.numpy.zeros((e, k, n), dtype)
         qt = jaxq.quantize(w, weight_spec, contracting=-2, batch=0)
-        return jaxq.relayout(qt, layout)
+        return jaxq.relayout(qt.with_activation(activation), layout)
 
     shapes = (
         jax.ShapeDtypeStruct((m, k), dtype),

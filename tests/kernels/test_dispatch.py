@@ -131,6 +131,30 @@ def test_a_choice_without_a_kernel_has_a_reason():
     assert "shard_map" in kernels.choose(p, "tpu", None, num_devices=4).reason
 
 
+def test_choose_checks_the_family_and_the_platform():
+    p = problem("int4")
+    transposed = dataclasses.replace(p, transposed=True)
+    assert kernels.choose(p, "gpu", None) == kernels.choose(p, "cuda", None)
+    with pytest.raises(ValueError, match="choose: platform"):
+        kernels.choose(p, "tpuv5", None)
+    with pytest.raises(ValueError, match="choose: family"):
+        kernels.choose(p, "tpu", None, family="bogus")
+    for family in ("codes", "activation", "attention"):
+        message = f"'{family}' does not compute a Problem"
+        with pytest.raises(TypeError, match=message):
+            kernels.choose(p, "tpu", None, family=family)
+    with pytest.raises(TypeError, match="got tuple"):
+        kernels.choose((1, 2), "tpu", None)
+    with pytest.raises(ValueError, match="transposed=True"):
+        kernels.choose(p, "tpu", None, family="transposed")
+    assert kernels.choose(transposed, "tpu", None).backend == "tpu_transposed"
+    codes = kernels.CodesProblem(1, 16, 128, 256, 128, "int8", 2, 2)
+    assert kernels.choose(codes, "tpu", None).backend == "codes_tpu"
+    experts = kernels.choose(transposed, "tpu", None, family="ragged")
+    assert (experts.backend, experts.preferred) == ("xla", True)
+    assert "runs in XLA" in experts.reason
+
+
 @pytest.mark.parametrize("family", KERNELS)
 def test_every_platform_has_a_kernel_of_every_family(family):
     assert set(KERNELS[family]) == set(kernels.PLATFORMS)

@@ -246,6 +246,35 @@ def test_batches_of_qtensors_against_the_xla_form(name, preset, shared):
     assert error(y, expected) < 3e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "preset", "codes"),
+    thinned(
+        itertools.product(
+            KERNELS, ("int4", "uint4", "int8"), ("int8", "float8_e4m3fn", "float8_e5m2")
+        ),
+        [("ragged_tpu", "int4", "int8"), ("ragged_triton", "uint4", "float8_e5m2")],
+    ),
+)
+def test_codes_are_multiplied_without_rounding(name, preset, codes):
+    call, leaves = call_of(experts(preset))
+    sizes, m = [5, 0, 14], 21
+    x = np.clip(np.asarray(normal(m, 256)) * 40, -127, 127)
+    x = jnp.asarray(x).astype(codes)
+    form = functools.partial(ragged_kernel_form, call=call, kernel=name, interpret=True)
+    if name == "ragged_tpu" and codes != "int8" and preset != "int8":
+        # The matrix unit of v7x multiplies float8.
+        form = functools.partial(form, device_kind="TPU7x")
+    operands = x[None], jnp.array([sizes]), *(leaf[None] for leaf in leaves)
+    y = jax.jit(form, compiler_options=FAST)(*operands)[0]
+    w = np.asarray(jaxq.dequantize(experts(preset), dtype="float32"), np.float64)
+    x = np.asarray(x.astype("float32"), np.float64)
+    parts = [x[:5] @ w[0], x[5:19] @ w[2], np.zeros((2, 136))]
+    # bfloat16 weights would give an error of more than 1e-3.
+    assert error(y, np.concatenate(parts)) < 2e-6
+    xla_form = jax.jit(functools.partial(ragged_form, call=call))
+    assert error(xla_form(*operands)[0], np.concatenate(parts)) < 2e-6
+
+
 # The primitive.
 
 
@@ -528,12 +557,30 @@ def test_explain_checks_its_operands():
         jaxq.explain(x, weights, group_sizes=sizes[:2])
     with pytest.raises(TypeError, match="explain: weights must be a QTensor"):
         jaxq.explain(x, x, group_sizes=sizes)
+    codes = jaxq.quantize(x, "int8", contracting=-1)
+    with pytest.raises(TypeError, match="ragged_dot: x must be .* got QTensor"):
+        ragged_dot(codes, weights, sizes)
+    with pytest.raises(TypeError, match="explain: x must be .* got QTensor"):
+        jaxq.explain(codes, weights, group_sizes=sizes)
     with pytest.raises(ValueError, match="Leave out dimension_numbers"):
         jaxq.explain(x, weights, (((1,), (1,)), ((), ())), group_sizes=sizes)
     with pytest.raises(ValueError, match="gradient runs in plain XLA"):
         jaxq.explain(x, weights, group_sizes=sizes, derivative=True)
     scaled = weights.with_input_scale(jnp.ones((3, 256)))
     assert jaxq.explain(x, scaled, group_sizes=sizes).before == ("scale_left",)
+
+
+def test_derivatives_do_not_warn():
+    """A user cannot act on a warning about a derivative."""
+    x, weights, sizes = operands_of(experts("int3"))
+
+    def tangent(x, x_dot, weights, sizes):
+        product = functools.partial(ragged_dot, group_sizes=sizes)
+        return jax.jvp(lambda x: product(x, weights), (x,), (x_dot,))[1]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kernels.FallbackWarning)
+        lowered_for("tpu", tangent, x, x, weights, sizes)
 
 
 def test_choices_without_a_kernel_have_reasons():

@@ -11,7 +11,7 @@ import pytest
 import jaxq
 from jaxq.kernels import _rows
 from jaxq.ops import ragged_dot
-from tests.arrays import normal_with_outliers
+from tests.arrays import assert_same, normal_with_outliers
 from tests.tables import thinned
 
 SIZES = jnp.array([3, 0, 5], jnp.int32)
@@ -125,6 +125,57 @@ def test_quantized_rows_are_those_of_a_loop(preset, spec, options, dtype):
     floats = np.asarray(ragged_dot(x, qt.with_activation(None), SIZES), np.float64)
     change = np.linalg.norm(results[0][0] - floats) / np.linalg.norm(floats)
     assert change > 1e-3
+
+
+FLOAT8_ROWS = jaxq.QuantSpec("float8_e4m3fn", jaxq.PerToken())
+
+
+@pytest.mark.parametrize(
+    ("preset", "spec"),
+    thinned(
+        itertools.product(
+            ["int4", "uint4", "int8", "fp8"],
+            ["int8", FLOAT8_ROWS, jaxq.QuantSpec("int8", jaxq.PerGroup(32)), UINT8],
+        ),
+        [("int4", "int8"), ("int8", FLOAT8_ROWS), ("int4", UINT8)],
+    ),
+)
+def test_bfloat16_weights_are_not_rounded(preset, spec):
+    """The product of codes against float64, as exact as a product with one weight."""
+    w = normal_with_outliers(3, K, N, dtype="bfloat16")
+    qt = jaxq.quantize(w, preset, contracting=-2, batch=0).with_activation(spec)
+    x = normal_with_outliers(M, K, dtype="bfloat16")
+    rows = jaxq.quantize(x, qt.meta.activation, contracting=-1)
+    rows, weights = (
+        np.asarray(jaxq.dequantize(codes, dtype="float32"), np.float64)
+        for codes in (rows, qt)
+    )
+    expected = np.concatenate(
+        [rows[:3] @ weights[0], rows[3:8] @ weights[2], np.zeros((1, N))]
+    )
+    y = ragged_dot(x, qt, SIZES, preferred_element_type=jnp.float32)
+    error = np.abs(np.asarray(y, np.float64) - expected).max()
+    assert error <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("spec", ["int8", FLOAT8_ROWS, STATIC])
+def test_padding_of_quantized_rows_may_hold_anything(spec):
+    """The result and the gradients of rows that belong to no expert are zero."""
+    qt = jaxq.quantize(normal_with_outliers(3, K, N), "int8", contracting=-2, batch=0)
+    is_static = spec is STATIC
+    qt = qt.with_activation(
+        "int8" if is_static else spec, **(STATIC if is_static else {})
+    )
+    x = normal_with_outliers(M, K)
+    for padding in (jnp.nan, jnp.inf):
+        padded = x.at[-1].set(padding)
+        assert_same(ragged_dot(padded, qt, SIZES), ragged_dot(x, qt, SIZES))
+
+        def loss(x):
+            return jnp.sum(ragged_dot(x, qt, SIZES) ** 2)
+
+        assert_same(jax.grad(loss)(padded), jax.grad(loss)(x))
+    assert not ragged_dot(padded, qt, SIZES)[-1].any()
 
 
 def test_a_quantized_row_has_a_forward_derivative():

@@ -5,6 +5,7 @@ one as of the other.
 """
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,43 @@ def test_gradients_do_not_depend_on_the_policy(case):
     expected = gradient(product, weight, "nothing")(x)
     for policy in ("dots", "no_batch"):
         assert_same(gradient(product, weight, policy)(x), expected)
+
+
+def dimensions_of_dots(product, w, x, avals_of_dots):
+    """Notes the operands of all dots that a policy is asked about."""
+
+    def policy(primitive, *avals, **params):
+        if primitive.name == "dot_general":
+            lhs, rhs = avals
+            shapes = lhs.shape, rhs.shape
+            avals_of_dots.append((shapes, params["dimension_numbers"]))
+        return False
+
+    layers = jax.checkpoint(lambda x: two_layers(product, x, w), policy=policy)
+    jax.make_jaxpr(jax.grad(lambda x: layers(x).sum()))(x)
+
+
+@pytest.mark.parametrize(
+    ("case", "shapes"),
+    [
+        ("int4", ((8, 64), (64, 64))),
+        ("w8a8", ((8, 64), (64, 64))),
+        ("int4 stack", ((4, 8, 64), (4, 64, 64))),
+        ("w8a8 stack", ((4, 8, 64), (4, 64, 64))),
+    ],
+)
+def test_a_policy_reads_the_operands_of_a_dot(case, shapes):
+    product, weight, x, _ = CASES[case]
+    dots = []
+    dimensions_of_dots(product, weight, x, dots)
+    assert dots
+    for operands, dimension_numbers in dots:
+        assert operands == shapes
+        lhs, rhs = (jax.ShapeDtypeStruct(shape, "float32") for shape in operands)
+        product = functools.partial(
+            jax.lax.dot_general, dimension_numbers=dimension_numbers
+        )
+        assert jax.eval_shape(product, lhs, rhs).shape == (*x.shape[:-1], 64)
 
 
 def test_products_of_experts():

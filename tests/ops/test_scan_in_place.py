@@ -282,6 +282,44 @@ def test_what_is_copied_gives_a_warning(f, reason):
     assert "'index'" not in str(actual)
 
 
+def expert_layers(x, stacks):
+    sizes = jnp.array([2, 6], jnp.int32)
+
+    def layer(x, weights):
+        weight, experts = weights
+        return jaxq.ops.ragged_dot(x @ weight, experts, sizes), None
+
+    return lax.scan(layer, x, stacks)[0]
+
+
+def with_groups():
+    spec = jaxq.QuantSpec("int8", jaxq.PerGroup(32))
+    w = jnp.ones((L, D, D), jnp.bfloat16)
+    return jaxq.quantize(w, spec, contracting=-2, batch=0).with_activation(spec)
+
+
+@pytest.mark.parametrize(
+    ("f", "make", "reason"),
+    [
+        (
+            expert_layers,
+            lambda: (stack_of("int4", L), stack_of("int4", L, 2)),
+            "ragged_dot",
+        ),
+        (layers, with_groups, "codes with scales in groups"),
+    ],
+)
+def test_a_kernel_that_gets_a_copy_gives_a_warning(f, make, reason):
+    """Also if another product of the scan reads its stack in place."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", kernels.FallbackWarning)
+        jaxpr = jax.make_jaxpr(scan_in_place(f))(rows(), make())
+    messages = [str(w.message) for w in caught if w.category is kernels.FallbackWarning]
+    assert len(messages) == 1
+    assert f"cannot read a stack ({reason})" in messages[0]
+    assert ("'index'" in str(jaxpr)) == (f is expert_layers)
+
+
 def test_no_warning_if_all_is_read_in_place():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxq.ops._explain import known_platform, num_devices_of
 from jaxq.ops._plan import Plan
+from jaxq.ops._platform_choice import known_platform, num_devices_of
 from jaxq.ops.kv_cache._append import append
 from jaxq.ops.kv_cache._arrays import CacheArrays, quantize_groups
 from jaxq.ops.kv_cache._attention import attend

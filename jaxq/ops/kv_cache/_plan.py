@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxq.kernels import Choice
-from jaxq.ops._decision import choose_on, with_choice
 from jaxq.ops._plan import Plan
+from jaxq.ops._platform_choice import choose_on, with_choice
 from jaxq.ops.kv_cache._arrays import CacheArrays
 from jaxq.ops.kv_cache._groups import attention_problem
 
