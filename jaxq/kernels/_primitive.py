@@ -149,7 +149,8 @@ def _jvp(primals, tangents, *, call: Call):
 
 def _tangent_jvp(primals, tangents, *, call: Call):
     form = functools.partial(_tangent_form, call=call)
-    return jax.jvp(form, primals, [ad.instantiate_zeros(t) for t in tangents])
+    tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
+    return jax.jvp(form, tuple(primals), tangents)
 
 
 def _transpose(ct, x, *leaves, call: Call):

@@ -289,7 +289,8 @@ def _jvp(primals, tangents, *, call: Call):
 
 def _tangent_jvp(primals, tangents, *, call: Call):
     form = functools.partial(ragged_tangent_form, call=call)
-    return jax.jvp(form, primals, [ad.instantiate_zeros(t) for t in tangents])
+    tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
+    return jax.jvp(form, tuple(primals), tangents)
 
 
 def _transpose(ct, x, sizes, *leaves, call: Call):

@@ -121,8 +121,9 @@ def _has_many_rows(m: int, meta: RowMeta, fields: int) -> bool:
     """True if m rows of x are worth a weight whose fields are joined.
 
     To join the fields of n rows of the weight takes time for `n * k` numbers. To keep
-    them apart takes time for `n * m` sums. A sum takes about four times as long. There
-    is nothing to join if a row is one field.
+    them apart takes time for `n * m` sums. The rule assumes that a sum takes as long as
+    joining four numbers. This factor has not been measured. There is nothing to join if
+    a row is one field.
 
     A symbolic number of rows, as `jax.export` allows, is not many.
     """

@@ -56,6 +56,7 @@ def multiply_quantized_rows(
             rows = dequantize(activation, dtype=rows_dtype).reshape(x.shape)
             return multiply(rows, without_spec, sizes)
         rows = _rows_without_scale(activation, rows_dtype).reshape(x.shape)
+        assert not isinstance(activation.scale, QTensor)
         row_scale = activation.scale.reshape(-1, 1).astype(jnp.float32)  # [m, 1]
         # A row of no expert may have any scale, also NaN, and its result is zero.
         has_expert = jnp.arange(x.shape[0]) < jnp.sum(sizes)

@@ -298,7 +298,8 @@ class QTensor(ProductOperand):
         """The same codes with dynamic or static activation quantization (w8a8).
 
         A product of this QTensor and a float operand then quantizes the float operand
-        first. The gradient passes straight through this rounding.
+        first. The gradient passes straight through this rounding. Such a product has no
+        forward-mode derivative (`jax.jvp`), except in `jaxq.ops.ragged_dot`.
 
         Args:
           spec: preset name or `QuantSpec` for the float operand. Its scales are shared

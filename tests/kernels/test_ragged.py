@@ -570,6 +570,24 @@ def test_explain_checks_its_operands():
     assert jaxq.explain(x, scaled, group_sizes=sizes).before == ("scale_left",)
 
 
+@pytest.mark.parametrize("is_ragged", [True, False])
+def test_forward_derivatives_for_scales_and_then_for_x(is_ragged):
+    """The product is linear in both, so the derivative along both is the product."""
+    x, weights, sizes = operands_of(experts(dtype="float32"))
+    weights = weights if is_ragged else weights[0]
+    scale = weights.scale
+
+    def product(x, scale):
+        scaled = dataclasses.replace(weights, scale=scale)
+        return ragged_dot(x, scaled, sizes) if is_ragged else x @ scaled
+
+    def along_scale(x):
+        return jax.jvp(functools.partial(product, x), (scale,), (scale,))[1]
+
+    _, y = jax.jvp(along_scale, (x,), (x,))
+    np.testing.assert_allclose(y, product(x, scale), 1e-4, 1e-3)
+
+
 def test_derivatives_do_not_warn():
     """A user cannot act on a warning about a derivative."""
     x, weights, sizes = operands_of(experts("int3"))
