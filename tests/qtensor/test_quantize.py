@@ -831,10 +831,11 @@ def test_unknown_names():
         match=r"fake_quant: unknown preset 'zzz'\. jaxq\.presets\(\) lists them all",
     ):
         jaxq.fake_quant(x, "zzz")
-    with pytest.raises(
-        TypeError, match="spec must be a preset name or a QuantSpec, got Int"
-    ):
+    words = "spec must be a preset name or a QuantSpec, got"
+    with pytest.raises(TypeError, match=rf"{words} the format 'int8'\. Pass"):
         jaxq.quantize(x, formats.get("int8"))
+    with pytest.raises(TypeError, match=f"{words} int"):
+        jaxq.quantize(x, 8)
 
 
 def test_dequantize_to_another_dtype():
