@@ -6,9 +6,9 @@
 
 Each stage has a limit in seconds:
 
-- A (90 s): products of the kernels compared with float64, and then products of rows
-  sorted by expert. The output is filled with NaN before each of 20 runs, and all runs
-  must return the same bits.
+- A (90 s): products of the kernels compared with float64, then products of rows sorted
+  by expert, and then products with quantized activations and attention. The output is
+  filled with NaN before each of 20 runs, and all runs must return the same bits.
 - B (30 s): what the device reaches in a copy and in a large dense product.
 - C (150 s): products with int4, nf4 and int8 weights compared with bfloat16, products
   of the backward pass, and a decode step of experts.

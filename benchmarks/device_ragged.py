@@ -37,6 +37,7 @@ class Product(NamedTuple):
     operands: tuple
     exact: np.ndarray
     is_poisoned: bool
+    out_dtype: str = "bfloat16"
 
 
 def cases(rehearse: bool) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import device_programs
 import device_ragged
 import jax
 import jax.numpy as jnp
@@ -123,12 +124,23 @@ def _right_results(rehearse: bool) -> list[Task]:
         for name in names
         for label, problem, tiles in _problems(name, rehearse)
     ]
-    return products + ragged
+    programs = [
+        Task(
+            name,
+            functools.partial(device_programs.compile_program, name, rehearse),
+            functools.partial(_check, repeats),
+        )
+        for name in device_programs.names()
+    ]
+    return products + ragged + programs
 
 
 def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
     """Products for stage A: a label, the product, and tiles to use."""
     side = 256 if rehearse else 1024
+    if name == "triton_int8":
+        yield from _problems_of_int8_x(name, side)
+        return
 
     def problem(
         codes: str,
@@ -170,6 +182,19 @@ def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
         yield f"{_label(case)}, 3 parts" if splits else _label(case), case, splits
 
 
+def _problems_of_int8_x(name: str, side: int) -> Iterator[tuple[str, Problem, Row]]:
+    """Products of int8 x for stage A, with the tiles of the kernel."""
+    for codes, group, m in (
+        ("int8", 128, 16),
+        ("int8", 128, 300),
+        ("int4", 128, 16),
+        ("int4", None, 16),
+    ):
+        made = tune.make_problem(codes, group, m, side, side - 24, name)
+        case = dataclasses.replace(made, x_dtype="int8", out_dtype="float32")
+        yield _label(case), case, {}
+
+
 def _label(p: Problem) -> str:
     return (
         f"{p.codes}, groups of {p.group}, m={p.m}, k={p.k}, n={p.n}, e={p.e}, "
@@ -184,6 +209,7 @@ class _Checked(NamedTuple):
     operands: tuple
     exact: np.ndarray
     is_poisoned: bool
+    out_dtype: str
 
 
 def _compile_checked(
@@ -208,21 +234,22 @@ def _compile_checked(
         return product(*operands)
 
     if rehearse:
-        return _Checked(into, operands, exact, False)
+        return _Checked(into, operands, exact, False, problem.out_dtype)
     # The result is written to the memory of `out`, which is full of NaN.
     out = jax.ShapeDtypeStruct(exact.shape, problem.out_dtype)
     program = jax.jit(into, donate_argnums=0, keep_unused=True)
     compiled = program.lower(out, *operands).compile()
     memory = compiled.memory_analysis()
     is_poisoned = memory is not None and memory.alias_size_in_bytes > 0
-    return _Checked(compiled, operands, exact, is_poisoned)
+    return _Checked(compiled, operands, exact, is_poisoned, problem.out_dtype)
 
 
-def _check(repeats: int, checked: _Checked | device_ragged.Product) -> Iterator[Row]:
-    dtype = checked.operands[0].dtype
+def _check(
+    repeats: int, checked: _Checked | device_ragged.Product | device_programs.Program
+) -> Iterator[Row]:
     results = []
     for _ in range(repeats):
-        out = jnp.full(checked.exact.shape, jnp.nan, dtype)
+        out = jnp.full(checked.exact.shape, jnp.nan, checked.out_dtype)
         results.append(np.asarray(checked.into(out, *checked.operands)))
     y = results[0].astype(np.float64)
     error = np.linalg.norm(y - checked.exact) / np.linalg.norm(checked.exact)

@@ -133,7 +133,11 @@ def random_operands(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...
     scales = (p.e, p.num_groups, p.n)
     zero = rng.integers(0, 2**p.bits, scales).astype(np.uint8)
     summed = p.n if p.transposed else p.k
-    x = jnp.asarray(rng.standard_normal((p.e, p.m, summed)), p.x_dtype)
+    x_shape = (p.e, p.m, summed)
+    if p.x_dtype == "int8":
+        x = jnp.asarray(rng.integers(-127, 128, x_shape, np.int8))
+    else:
+        x = jnp.asarray(rng.standard_normal(x_shape), p.x_dtype)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, scales), jnp.bfloat16)
     codebook = None
     if p.codebook:
