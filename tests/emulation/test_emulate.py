@@ -19,6 +19,7 @@ from jaxq import kernels
 from jaxq.emulation import Policy, Precision, _primitives
 from jaxq.emulation._calls import CALLS
 from jaxq.kernels._one_step import always_true_p
+from jaxq.kernels._remat import product_p
 from tests import tables
 from tests.arrays import assert_same
 
@@ -427,7 +428,7 @@ def test_the_tables_name_primitives_that_exist():
         for p in vars(jex.core.primitives).values()
         if isinstance(p, jex.core.Primitive)
     } | unlisted
-    existing |= {*kernels.FORMS, always_true_p.name}
+    existing |= {*kernels.FORMS, always_true_p.name, product_p.name}
     calls, exact, sums = set(CALLS), _primitives.EXACT, _primitives.WIDE_SUMS
     assert not exact & sums
     assert not (exact | sums) & calls
