@@ -174,11 +174,21 @@ def test_stacks():
 
 
 def test_compiles_once_for_a_shape():
-    awq(W, X, SPEC)
-    before = _awq._cache_size()
-    awq(2 * W, X[::-1], SPEC.replace(scale="float32"))
-    assert before > 0
-    assert _awq._cache_size() == before
+    traced = []
+
+    def listen(event, duration, *, fun_name=None, **details):
+        if event.endswith("jaxpr_trace_duration"):
+            traced.append(fun_name)
+
+    _awq.clear_cache()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        awq(W, X, SPEC)
+        assert traced.count("_awq") == 1
+        awq(2 * W, X[::-1], SPEC.replace(scale="float32"))
+        assert traced.count("_awq") == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_errors():
