@@ -858,7 +858,8 @@ def test_llm_int8_is_for_matrices():
     with pytest.raises(
         ValueError, match=r"\(Conv\): method 'llm_int8' is for matrices"
     ):
-        jaxq.quantize_model(model, "llm_int8")
+        rule = jaxq.Rule(weight="int8", activation="int8", method="llm_int8")
+        jaxq.quantize_model(model, jaxq.Recipe([rule]))
     kernel = jaxq.quantize(
         model.kernel[...], "int8", contracting=(-3, -2)
     ).with_activation("int8", outliers=6.0)
