@@ -855,10 +855,10 @@ def test_the_report_notes_data_that_no_rule_needs(pair):
 
 def test_llm_int8_is_for_matrices():
     model = nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0))
+    rule = jaxq.Rule(weight="int8", activation="int8", method="llm_int8")
     with pytest.raises(
         ValueError, match=r"\(Conv\): method 'llm_int8' is for matrices"
     ):
-        rule = jaxq.Rule(weight="int8", activation="int8", method="llm_int8")
         jaxq.quantize_model(model, jaxq.Recipe([rule]))
     kernel = jaxq.quantize(
         model.kernel[...], "int8", contracting=(-3, -2)
