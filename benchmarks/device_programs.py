@@ -1,8 +1,7 @@
 """Programs of device.py that quantize activations or read a quantized KV cache.
 
-Each program is what a user writes. Its result is compared with that of the same program
-on the machine's CPU, where plain XLA computes it. The tests compare that form with
-float64.
+Each program is what a user writes. It also runs on the machine's CPU, in plain XLA, and
+the two results are compared. The tests of jaxq compare plain XLA with float64.
 """
 
 from __future__ import annotations
@@ -19,7 +18,16 @@ from jaxq import PerBlock, PerGroup, PerToken, QuantSpec
 
 
 class Program(NamedTuple):
-    """A program and the result of the CPU: `into(out, *operands)` overwrites `out`."""
+    """A compiled program, and the result that it should have.
+
+    Attributes:
+      into: `into(out, *operands)` computes the result into the memory of `out`.
+      operands: the operands on the device.
+      exact: the expected result. The same program computed it on the CPU.
+      is_poisoned: the result uses the memory of `out`, which is full of NaN. So a
+        number that the kernel does not write is NaN.
+      out_dtype: the dtype of the result.
+    """
 
     into: Callable[..., jax.Array]
     operands: tuple
@@ -46,7 +54,8 @@ PRODUCTS: dict[str, tuple[str | QuantSpec, QuantSpec]] = {
         QuantSpec("float8_e4m3fn", PerToken()),
     ),
 }
-# Formats of the cache, and the number of queries: a decode step and a prompt.
+# The format of the cache, and the number of queries: 1 as in a decode step, 64 as in a
+# prompt.
 CACHES = [(name, t) for name in ("int8", "int4") for t in (1, 64)]
 
 

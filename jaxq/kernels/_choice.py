@@ -1,11 +1,13 @@
 """Chooses a kernel of any family for a platform, or says why none runs.
 
-`choose` decides by static facts alone, for any platform, without a device. It checks
-its arguments, and `choose_kernel` does not. A lowering rule asks `kernel_on`, which
-also warns if the platform has kernels and none of them runs.
+`choose` decides by static facts alone (shapes, dtypes, formats), for any platform,
+without a device. It checks its arguments. `choose_kernel` does the same without checks.
+A lowering rule asks `kernel_on`. It also warns if the platform has kernels and none of
+them can run.
 
-A program for several devices is partitioned by XLA. XLA cannot partition a kernel, so
-the XLA form runs there. Inside `jax.shard_map` each device runs its own kernel.
+The "XLA form" of a product is its computation in plain XLA. XLA partitions a program
+for several devices, and cannot partition a kernel. So the XLA form runs there. Inside
+`jax.shard_map` each device runs its own kernel.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _FAMILIES: dict[type, tuple[Family, ...]] = {
 
 
 class FallbackWarning(UserWarning):
-    """A kernel for this platform exists but does not run. The message says why.
+    """This platform has kernels, but none can run. The message says why.
 
     Example:
       >>> import warnings
@@ -57,8 +59,8 @@ class Choice(NamedTuple):
       reason: why no kernel runs, or None if one runs.
       preferred: True if the XLA form runs because it is expected to be faster, or
         because there is nothing to compute. There is no warning then.
-      passed_over: kernels that come before the chosen one, and why they cannot compute
-        the product.
+      passed_over: kernels that were tried before the chosen one, and why they cannot
+        compute the product.
 
     Example:
       >>> from jaxq.kernels import Choice
@@ -90,8 +92,7 @@ def choose(
       num_devices: number of devices over which XLA partitions the program.
       family: the kernels to choose from: "product", "transposed", "ragged", "codes",
         "activation" or "attention". None is the family of the problem's class. For
-        `Problem` that is "product". A product with `problem.transposed` has the kernels
-        of the family "transposed".
+        `Problem` that is "transposed" if `problem.transposed`, or else "product".
 
     Returns:
       A `Choice`.
@@ -129,7 +130,7 @@ def known_platform(platform: str, caller: str) -> str:
 
 
 def _checked_family(problem: Any, family: Family | None) -> Family:
-    """The family of a problem. It raises if the family has other problems."""
+    """The family, after a check that it computes problems of this class."""
     if family is not None:
         formats.check_choice("choose: family", family, tuple(KERNELS))
     if isinstance(problem, str):

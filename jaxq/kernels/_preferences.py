@@ -15,19 +15,20 @@ from jaxq.kernels._registry import Family
 # GPU kernel decodes its weights again for every 64 to 256 rows of x. From some number
 # of rows on, computing should take longer than reading the decoded weight.
 _DENSE_FROM = {"mosaic_gpu": 512, "triton": 512, "triton_transposed": 512}
-# Triton looks a codebook up by 15 selects. The machine code has 16 integer instructions
-# for a weight. Twice that, for more than 64 rows, is predicted to take longer than to
-# write and read the decoded weight. (`benchmarks/sass.py` counts the instructions.)
+# Triton looks up a number of a codebook by 15 selects, so a weight takes 16 integer
+# instructions (counted by `benchmarks/sass.py`). With more than 64 rows each weight is
+# decoded at least twice. This is predicted to take longer than to write the decoded
+# weight and read it again.
 _DENSE_FROM_OF_CODEBOOKS = {"triton": 65, "triton_transposed": 65}
 # On a GPU, XLA multiplies every row by the weights of all experts and keeps one result.
-# With many rows of each of few experts, this is still expected to take less time than
-# decoding each weight for every 64 rows.
+# If there are few experts and each has many rows, this is still expected to take less
+# time than a kernel that decodes each weight again for every 64 rows.
 _DENSE_FROM_ROWS_OF_EXPERT = 512
 _MOST_DENSE_EXPERTS = 2
 
 
 def why_native(problem: Any, platform: str, family: Family) -> str | None:
-    """Returns the reason if XLA multiplies the codes themselves, otherwise None.
+    """Returns why XLA multiplies the codes natively, or None if it does not.
 
     Args:
       problem: a problem of the family.
@@ -45,7 +46,7 @@ def why_native(problem: Any, platform: str, family: Family) -> str | None:
 
 
 def why_dense(problem: Any, kernel: str) -> str | None:
-    """Returns the reason if XLA decodes the whole weight first, otherwise None.
+    """Returns why XLA decodes the whole weight first, or None if it does not.
 
     Args:
       problem: a problem that the kernel accepts.
@@ -67,8 +68,8 @@ def why_dense(problem: Any, kernel: str) -> str | None:
 def _has_exact_groups(problem: Any) -> bool:
     """True for float8 codes of x with scales of the weight in groups.
 
-    XLA multiplies them one group after the other. It writes and reads the sums of each
-    group.
+    The kernel runs for any number of rows of such a product. XLA would multiply one
+    group after the other, and write and read the sums of each group.
     """
     if not isinstance(problem, Problem):
         return False

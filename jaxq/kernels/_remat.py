@@ -1,12 +1,12 @@
-"""Policies of `jax.checkpoint` take products with quantized weights for dot products.
+"""Policies of `jax.checkpoint` treat products with quantized weights as dot products.
 
-`dots_saveable` and its like ask for each equation whether it is a `dot_general`. A
-product with a quantized weight is another primitive, so a policy would never save it.
-The rules here ask the policy about a `dot_general` in place of this primitive.
+Policies such as `dots_saveable` look at each equation, and save it if its primitive is
+`dot_general`. A product with a quantized weight is another primitive, so a policy would
+never save it. The rules here ask the policy about a `dot_general` of the same sizes.
 
-Inside a function with its own derivative, jax does not ask about the equations. So the
-derivative marks the result: `mark_product(y)` is `y`, and policies take it for a dot
-product.
+jax does not ask a policy about the equations inside a function with its own derivative
+(`jax.custom_jvp`, `jax.custom_vjp`). So the derivative marks the result.
+`mark_product(y)` is `y`, and policies treat it as a dot product.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ product_p = Primitive("quantized_product")
 
 
 def mark_product(y: jax.Array, *, has_batch: bool, num_terms: int) -> jax.Array:
-    """Returns `y`. Policies of `jax.checkpoint` take it for a dot product.
+    """Returns `y`. Policies of `jax.checkpoint` treat it as a dot product.
 
     Args:
       y: the result of a product with a quantized weight.
       has_batch: the product has batch axes.
       num_terms: the contracted length k. A policy is asked about operands
-        `[e, m, k]` and `[e, n, k]` with as many results as `y`.
+        `[e, m, k]` and `[e, n, k]` whose product has the size of `y`.
     """
     return product_p.bind(y, has_batch=has_batch, num_terms=num_terms)
 
 
 def save_like_dots(primitive: Primitive, has_batch: Callable[[Any], bool]) -> None:
-    """Lets policies of `jax.checkpoint` decide about a primitive as about a dot.
+    """Lets policies of `jax.checkpoint` treat a primitive as a dot product.
 
-    A policy that moves dot products to the host does not move these products. They are
-    computed again.
+    A policy that offloads dot products to the host does not offload these products.
+    They are computed again.
 
     Args:
       primitive: a primitive that computes products.

@@ -1,9 +1,10 @@
 """Rows sorted by expert, quantized before they are multiplied.
 
-Each row is quantized by the activation spec of the weights. If a row has one scale, the
-codes are multiplied without it, and the result is multiplied by it. int8 and float8
-codes are multiplied by integer weights as codes: the kernels round nothing before the
-sums. In all other products the codes become floats again (`ragged_rows_dtype`).
+Each row is quantized by the activation spec of the weights. If a row has one scale, its
+codes are multiplied first, and the result is multiplied by the scale. int8 and float8
+codes are multiplied by integer weights without being dequantized, so the kernels round
+nothing before the sums. In all other products the codes become floats first.
+`ragged_rows_dtype` says which case holds.
 
 The gradient passes straight through the rounding, as in `_activations.py`.
 """
@@ -39,8 +40,8 @@ def multiply_quantized_rows(
       sizes: int32 `[e]`, at least 0.
       multiply: the product of floats with weights. It must not close over traced
         arrays.
-      x_dtype: the dtype in which rows that are not quantized are multiplied, in the
-        derivative.
+      x_dtype: the dtype in which the derivative multiplies rows, which are not
+        quantized there.
       rows_dtype: the dtype in which quantized rows are multiplied, as
         `ragged_rows_dtype` returns it.
 
@@ -58,7 +59,7 @@ def multiply_quantized_rows(
         rows = _rows_without_scale(activation, rows_dtype).reshape(x.shape)
         assert not isinstance(activation.scale, QTensor)
         row_scale = activation.scale.reshape(-1, 1).astype(jnp.float32)  # [m, 1]
-        # A row of no expert may have any scale, also NaN, and its result is zero.
+        # The scale of a row without an expert may be NaN, but its result is zero.
         has_expert = jnp.arange(x.shape[0]) < jnp.sum(sizes)
         row_scale = jnp.where(has_expert[:, None], row_scale, 0.0)
         return multiply(rows, without_spec, sizes) * row_scale

@@ -7,12 +7,13 @@ into K. Each stored axis is sharded over the mesh axes of the axis that it comes
 |---|---|
 | `data` | batch, kept axes, K (K before the kept axes for the layout "columns") |
 | `scale`, `zero_point`, `offset` | as the codes; none where one block covers an axis |
+| `offset` with `offset="mean"` | batch |
 | `codebook` | as the scale, then none for the entries |
 | `input_range` | batch, then none for the two ends |
 | `input_scale` | batch, then K |
 
-A scale that is a QTensor is an array `[*batch, *num_blocks]`, to which the same rule
-applies again.
+A quantized scale is itself a QTensor of shape `[*batch, *num_blocks]`. The same rule
+shards its leaves.
 
 Where several axes are flattened into one, only the shards of the first axis are
 contiguous. So only the first axis can be sharded.
@@ -69,7 +70,7 @@ def leaf_specs(qt: QTensor, spec: Iterable[Any]) -> QTensor:
 
 
 def divisible(qt: QTensor, specs: QTensor, mesh: Any) -> QTensor:
-    """The specs without the mesh axes that do not divide the axis of their leaf.
+    """The specs without mesh axes whose size does not divide the axis of the leaf.
 
     Args:
       qt: a QTensor of arrays or shapes.
@@ -84,7 +85,7 @@ def divisible(qt: QTensor, specs: QTensor, mesh: Any) -> QTensor:
 
 
 def fitting_spec(mesh: Any, spec: Any, shape: tuple[int, ...]) -> PartitionSpec:
-    """The spec without the mesh axes whose number does not divide the array's axis.
+    """The spec without mesh axes whose size does not divide the axis of the array.
 
     Args:
       mesh: the mesh with the sizes of its axes.
@@ -107,7 +108,8 @@ class Cut(NamedTuple):
       shards: the number of shards along it.
       problem: what would be cut, as a sentence.
       working: the numbers of shards along the axis that cut nothing.
-      level: how many scales deep the codes are: 0 for those of the array.
+      level: 0 for the codes of the array, 1 for the codes of its quantized scales, and
+        so on.
     """
 
     axis: int

@@ -26,7 +26,7 @@ def mesh_of(entries: list[Entry], mesh: Any) -> Any:
 
 
 def check_spec(entry: Entry, spec: PartitionSpec, mesh: Any, caller: str) -> None:
-    """Raises a ValueError unless the mesh has the axes, and the array enough axes."""
+    """Raises a ValueError if the mesh lacks an axis, or the array has too few axes."""
     label = _label(entry)
     if len(spec) > entry.value.ndim:
         raise ValueError(
@@ -49,7 +49,7 @@ def check_spec(entry: Entry, spec: PartitionSpec, mesh: Any, caller: str) -> Non
 
 
 def problems_of(entry: Entry, spec: PartitionSpec, mesh: Any) -> list[str]:
-    """What the shards of one array would cut, a sentence each."""
+    """What the shards of one array would cut: one sentence for each cut."""
     label, value = _label(entry), entry.value
     if isinstance(value, QTensor):
         return [

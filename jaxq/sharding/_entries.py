@@ -1,7 +1,7 @@
 """Every array of a tree or model, its path, and the PartitionSpec wanted for it.
 
-A PartitionSpec here has the mesh axes of each axis of a float array: for a QTensor, of
-the array that it represents.
+A PartitionSpec here has the mesh axes of each axis of a float array. For a QTensor this
+is the array that it represents, not its codes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Entry(NamedTuple):
       path: its path, components joined by "/".
       leaf: the leaf of the tree: an array, a QTensor, an nnx Variable or a linen box.
       value: the array or QTensor in the leaf.
-      spec: the PartitionSpec that is wanted for it. None if nothing says one.
+      spec: the PartitionSpec that is wanted for it. None if neither a rule nor
+        metadata name one.
     """
 
     path: str
@@ -153,7 +154,7 @@ class _Patterns:
         self._unmatched: list[str] = []
 
     def find(self, path: str, value: Any) -> PartitionSpec:
-        """The spec of the first rule that matches. Without one, it is replicated."""
+        """The spec of the first rule that matches, or P() if no rule matches."""
         self._paths.append(path)
         for pattern, compiled, spec in self._rules:
             if compiled.matches(path):
@@ -164,7 +165,7 @@ class _Patterns:
         return PartitionSpec()
 
     def check(self) -> None:
-        """Raises a ValueError for rules that matched nothing, and for arrays."""
+        """Raises a ValueError if a rule matched no array, or an array needs a rule."""
         messages = []
         unused = [p for p, _, _ in self._rules if p not in self._used]
         if unused:

@@ -36,7 +36,7 @@ def fit_to_shards(qt: QTensor, spec: PartitionSpec, *, mesh: Any = None) -> QTen
 
     - A group becomes several smaller groups with the same scale. Each small group costs
       the bits of a scale.
-    - Codes that the packing HALVES arranges a row at a time are packed by LOW_FIRST.
+    - If HALVES packs a whole row as one unit, its codes are packed by LOW_FIRST.
     - Quantized scales become float32 scales if another packing of them is not enough.
 
     `specs`, `place` and products accept the result.
@@ -51,9 +51,9 @@ def fit_to_shards(qt: QTensor, spec: PartitionSpec, *, mesh: Any = None) -> QTen
       cuts anything.
 
     Raises:
-      ValueError: the number of shards does not divide an axis; a shard would have no
-        whole bytes of codes; or several axes are stored as one, and not only the first
-        is sharded. The error says which numbers of shards work.
+      ValueError: the number of shards does not divide an axis; the codes of a shard
+        would not fill whole bytes; or several axes are stored as one, and an axis other
+        than the first is sharded. The error says which numbers of shards work.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -122,7 +122,7 @@ def _with_float_scale(qt: QTensor) -> QTensor:
 
 
 def _with_blocks(qt: QTensor, block_shape: tuple[int | None, ...]) -> QTensor:
-    """The QTensor with smaller blocks, each with the scale of the block it is from."""
+    """The QTensor with smaller blocks. Each has the scale of its former block."""
     old = qt.meta.geometry
     codes = qt.stored_codes()
     new = dataclasses.replace(old, block_shape=block_shape)
@@ -150,7 +150,7 @@ def _with_blocks(qt: QTensor, block_shape: tuple[int | None, ...]) -> QTensor:
         codebook=repeated(qt.codebook),
         meta=dataclasses.replace(qt.meta.with_geometry(new), spec=spec),
     )
-    # The packing HALVES arranges the codes of a group, so codes are packed again.
+    # HALVES packs each group as a unit. The groups are new, so codes are packed again.
     return changed.with_stored_codes(codes)
 
 

@@ -37,7 +37,8 @@ def place(
       mesh: the mesh of devices.
       rules: as in `specs`.
       fit_to_shards: store the values of a QTensor in smaller groups if a shard would
-        cut a group, as `jaxq.sharding.fit_to_shards` does. False raises an error.
+        cut a group, as `jaxq.sharding.fit_to_shards` does. If it is False, such a
+        QTensor raises an error.
 
     Returns:
       A model of the same class, or a tree of the same structure.

@@ -53,10 +53,10 @@ def specs(
       TypeError: a rule is not a pattern with a PartitionSpec; or the tree has a weight
         in quantization-aware training.
       ValueError: a shard would cut a group of codes, a byte, or a group of scales, or
-        its number does not divide an axis (the error names all such arrays); a rule
-        matches no array; an array with several axes has no rule; a PartitionSpec has
-        more entries than the array has axes, or names an axis that the mesh does not
-        have; or there is no mesh.
+        the number of shards does not divide an axis (the error names all such arrays);
+        a rule matches no array; an array with several axes has no rule; a PartitionSpec
+        has more entries than the array has axes, or names an axis that the mesh does
+        not have; or there is no mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq

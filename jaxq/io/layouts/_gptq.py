@@ -85,7 +85,7 @@ def _read(tensors: WeightTensors, settings: Settings) -> QTensor:
 
 
 def _read_for_floats(tensors: WeightTensors, settings: Settings) -> QTensor:
-    """A weight whose inputs have groups in any order: one scale for each number."""
+    """A weight whose groups may be in any order, with one scale for each input."""
     if "g_idx" not in tensors:
         return _read(tensors, settings)
     num_in, num_out = _sizes(tensors, settings)
@@ -143,7 +143,7 @@ def _leaves(
         return signed, scale, None
     first_version = settings.choice("checkpoint_format", _VERSIONS, "gptq") == "gptq"
     step = np.uint8(1 if first_version else 0)
-    # The first version wraps: the field 15 of 4 bits is the zero point 0.
+    # The first version stores `zero - 1` modulo 2^bits: 15 in 4 bits means 0.
     zero_point = (stored + step) & np.uint8((1 << bits) - 1)
     return data, scale, zero_point.T
 
@@ -270,8 +270,8 @@ def sort_inputs(
       sorted weight is input `order[k]` of the weight.
 
     Raises:
-      ValueError: as `Layout.to_qtensor`; or (outside jit) a group that is not the last
-        has another number of inputs than `group_size`.
+      ValueError: as `Layout.to_qtensor`; or (outside jit) a group before the last one
+        has more or fewer inputs than `group_size`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

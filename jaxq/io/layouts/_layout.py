@@ -1,8 +1,9 @@
 """`Layout`: how another library arranges a quantized weight in arrays.
 
 A layout has pure functions between a dict of arrays and a QTensor. Arrays have the
-names of the library's files, without the path of the module. Files, folders and models
-are not known here.
+names of the library's files, without the path of the module. A layout does not know
+files, folders or models. (The layouts "rows" and "columns" of a QTensor are something
+else: the order of its codes.)
 
 Other libraries store the weight of a linear layer as `[out, in]`, as torch does. A
 QTensor represents the kernel `[in, out]`, as Flax does. No data is transposed for this:
@@ -38,6 +39,11 @@ class Layout:
       static: the arrays of these that hold shapes, tables or JSON. Under jit they must
         be numpy arrays, not arguments of the compiled function.
       summary: what the layout holds, in one line.
+      make_spec: computes `spec`.
+      read: computes `to_qtensor`.
+      write: computes `from_qtensor`. None if jaxq only reads the layout.
+      read_for_floats: computes `to_qtensor(dequantize=True)`. None if `read` does.
+      has_batch: True if the arrays may have leading axes for stacked experts.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -1,7 +1,7 @@
-"""Compiled programs that later calls with an equal model use again.
+"""Compiled programs that are used again by later calls with an equal model.
 
-`jax.jit` keeps compiled programs by the identity of the function. A function that each
-call of `calibrate` defines anew would be compiled anew.
+`jax.jit` caches compiled programs by the identity of the function. If each call of
+`calibrate` defined a new function, each call would compile it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _MOST_FUNCTIONS = 16
 
 
 def cached_program(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `make`, which gives the same result for equal arguments.
+    """Returns `make` with a cache: equal arguments give the same jitted function.
 
     Args:
-      make: returns a jitted function. Without hashable arguments (a module that holds a
-        dict), every call makes a new function.
+      make: returns a jitted function. If an argument is not hashable, such as a module
+        that holds a dict, every call makes a new function.
     """
     cached = functools.lru_cache(maxsize=_MOST_FUNCTIONS)(make)
 
@@ -38,7 +38,7 @@ def cached_program(make: Callable[..., Any]) -> Callable[..., Any]:
 
 @jax.tree_util.register_static
 class Reached(NamedTuple):
-    """What the trace of a batch has shown, as a static result of a jitted function.
+    """What a trace of the model found, as a static result of a jitted function.
 
     Attributes:
       paths: the layers that the batch reaches, in the order of their first calls.

@@ -1,8 +1,9 @@
-"""Models whose weights are traced: inside `jax.jit`, `jax.eval_shape` and their like.
+"""Models whose weights are traced, as inside `jax.jit` and `jax.eval_shape`.
 
-Such a model is quantized without numbers. Rules, axes, codes and scales are as always,
-so `jax.eval_shape` gives a template of the quantized model. Nothing is measured. A
-method that needs data compares measured errors, so data are refused.
+The numbers of such weights are not known while the model is quantized. Rules and axes
+do not depend on them, so `jax.eval_shape` gives a template of the quantized model. No
+error is measured. A method that needs data compares measured errors, so calibration
+data are refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def refuse_data(arrays: Iterable[Any], options: Options) -> None:
 
     Args:
       arrays: the arrays of the model.
-      options: with `calibration` or `resume`, numbers are needed.
+      options: the numbers are needed if `calibration` or `resume` is set.
     """
     if options.calibration is None and options.resume is None:
         return
