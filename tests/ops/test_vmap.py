@@ -110,7 +110,8 @@ def test_it_needs_the_memory_of_the_product_of_the_batch(name):
     weight = WEIGHTS[name]
     expected = temporary_bytes(product_of_the_batch, weight, VECTORS)
     mapped = temporary_bytes(matrix_vector, weight, VECTORS)
-    assert mapped <= 1.2 * expected
+    # Not a copy of the weight for each vector: those would take 50 times as much.
+    assert mapped <= 1.5 * expected
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -573,7 +573,7 @@ def test_a_convolution_has_a_static_range(batches):
     np.testing.assert_allclose(q["kernel"].input_range[1], largest, rtol=1e-6)
     assert jaxq.metrics.sqnr(forward(params, x), forward(q, x)) > 30
     gptq = Recipe([Rule(weight="int4", method="gptq")])
-    with pytest.raises(ValueError, match="not for the windows of a convolution"):
+    with pytest.raises(ValueError, match="needs the windows that the layer reads"):
         jaxq.quantize_params(params, gptq, calibration=[x], forward=forward)
 
 
