@@ -110,7 +110,7 @@ def test_it_needs_the_memory_of_the_product_of_the_batch(name):
     weight = WEIGHTS[name]
     expected = temporary_bytes(product_of_the_batch, weight, VECTORS)
     mapped = temporary_bytes(matrix_vector, weight, VECTORS)
-    # Not a copy of the weight for each vector: those would take 50 times as much.
+    # A float32 copy of the weight for each vector would take 3 MB.
     assert mapped <= 1.5 * expected
 
 

@@ -254,8 +254,8 @@ def _check_order(tensors: WeightTensors, num_in: int, spec: QuantSpec) -> None:
     if not in_order:
         raise tensors.problem(
             "weight_g_idx",
-            "puts the inputs into groups that are not neighbours (actorder), which no "
-            "QTensor holds. Use dequantize=True",
+            "assigns neighbouring inputs to different groups (actorder). A QTensor "
+            "cannot hold such groups. Use dequantize=True",
         )
 
 

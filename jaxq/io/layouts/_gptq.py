@@ -211,8 +211,9 @@ def _check_order(
     if not in_order:
         raise tensors.problem(
             "g_idx",
-            "puts the inputs into groups that are not neighbours (desc_act), which no "
-            "QTensor holds. Use jaxq.io.layouts.sort_inputs, or dequantize=True",
+            "assigns neighbouring inputs to different groups (desc_act). A QTensor "
+            "cannot hold such groups. Use jaxq.io.layouts.sort_inputs, or "
+            "dequantize=True",
         )
 
 

@@ -243,8 +243,8 @@ def _unserved(rule: Rule, slot: Slot) -> str:
         return f"{name} needs data, and calibration cannot see the layer's input"
     if slot.kind.windowed and not slot.has_patches:
         return (
-            f"{name} needs the windows that the layer reads, and calibration cannot "
-            f"see those of {slot.kind.name}"
+            f"{name} needs the windows that the layer reads, and calibration does not "
+            f"collect the windows of {slot.kind.name}"
         )
     return ""
 

@@ -295,7 +295,8 @@ def test_impossible_requests_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="does not know where scales can go in a Pair"):
         quantize("equalize", calibration=BATCHES)
     with pytest.raises(
-        ValueError, match=r"gptq.*calibration cannot see those of ConvTranspose"
+        ValueError,
+        match=r"gptq.*does not collect the windows of ConvTranspose",
     ):
         quantize(
             "gptq",

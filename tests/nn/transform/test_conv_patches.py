@@ -276,4 +276,4 @@ def test_a_named_recipe_of_a_tree_rounds_its_convolutions():
     rows = {row.path: row for row in report.quantized}
     assert rows["dense"].method == "gptq"
     assert rows["kernel"].method == "rtn"
-    assert "calibration cannot see those of Array" in rows["kernel"].note
+    assert "calibration does not collect the windows of Array" in rows["kernel"].note

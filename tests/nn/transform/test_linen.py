@@ -892,7 +892,8 @@ def test_impossible_requests_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="linen modules do not say which layer"):
         quantize_model(module, variables, by("equalize"), calibration=BATCHES)
     with pytest.raises(
-        ValueError, match=r"gptq.*calibration cannot see those of ConvTranspose"
+        ValueError,
+        match=r"gptq.*does not collect the windows of ConvTranspose",
     ):
         quantize_model(conv, init_variables(conv, x), by("gptq"), calibration=[x])
     with pytest.raises(ValueError, match="no statistics of"):
