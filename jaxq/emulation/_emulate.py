@@ -17,6 +17,7 @@ from jaxq.emulation._calls import CALLS
 from jaxq.emulation._precision import Policy, Precision, carrier_of
 from jaxq.emulation._primitives import EXACT, MOVES, NOT_CALLS, WIDE_SUMS
 from jaxq.jaxprs import bind, inner_jaxprs
+from jaxq.meshes import call_on_auto_axes
 
 
 def emulate(fn: Callable, policy: Policy) -> Callable:
@@ -287,7 +288,10 @@ def _sum(equation: Any, args: list, policy: Policy) -> list | None:
         return None
     avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
     if _is_narrow(policy, avals):
-        return [SUMS[name](*args, policy, **params)]
+        # The steps of a narrow sum do not state shardings.
+        out_spec = equation.outvars[0].aval.sharding.spec
+        run = functools.partial(SUMS[name], policy=policy, **params)
+        return [call_on_auto_axes(run, out_spec, *args)]
     if "preferred_element_type" in params:
         # Exact products and a float32 sum on every platform. It is rounded once after.
         wide = {

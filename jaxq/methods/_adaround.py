@@ -26,6 +26,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._method import Method, Option, Solution
 from jaxq.methods._method_options import (
     COUNT,
@@ -97,6 +98,7 @@ class AdaRoundInfo(NamedTuple):
     underdetermined: jax.Array
 
 
+@on_explicit_axes
 def adaround(
     w: ArrayLike,
     x: ArrayLike,

@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxq.methods import _matrix
 from jaxq.methods._clipping import clip as clip_ranges
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._folding import as_weights, why_not_one_to_one
 from jaxq.methods._method import Folding, Method, Solution
 from jaxq.methods._method_options import (
@@ -92,6 +93,7 @@ class AWQInfo(NamedTuple):
     clipped: jax.Array
 
 
+@on_explicit_axes
 def awq(
     w: jax.typing.ArrayLike,
     x: jax.typing.ArrayLike,
@@ -161,6 +163,7 @@ def awq(
     return _matrix.over_stack(awq_matrix, w, (tokens, 2), (magnitude, 1))
 
 
+@on_explicit_axes
 def awq_scale(
     weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike],
     x: jax.typing.ArrayLike,

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.qtensor import QTensor, dequantize
 
 
+@on_explicit_axes
 def bias_correction(
     w: jax.typing.ArrayLike,
     qt: QTensor | jax.typing.ArrayLike,

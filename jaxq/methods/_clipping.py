@@ -23,6 +23,7 @@ from jax import lax
 
 from jaxq import formats, observers
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._method_options import (
     COUNT,
@@ -128,6 +129,7 @@ class _Amounts(NamedTuple):
     shares: tuple[np.float32, ...]
 
 
+@on_explicit_axes
 def clip(
     w: jax.typing.ArrayLike,
     spec: str | QuantSpec,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._folding import why_not_one_to_one
 from jaxq.methods._method import Folding, Method
 from jaxq.methods._method_options import FLAG, why_not_stochastic
@@ -46,6 +47,7 @@ class EqualizeInfo(NamedTuple):
     range2: jax.Array
 
 
+@on_explicit_axes
 def equalize(
     w1: jax.typing.ArrayLike,
     w2: jax.typing.ArrayLike,

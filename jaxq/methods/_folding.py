@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 
 
+@on_explicit_axes
 def fold_scale_into_previous(
     s: jax.typing.ArrayLike,
     kernel_or_gain: jax.typing.ArrayLike,
@@ -63,6 +65,7 @@ def fold_scale_into_previous(
     return scaled, None if bias is None else divide(bias, "bias")
 
 
+@on_explicit_axes
 def fold_scale_into_next(s: jax.typing.ArrayLike, w: jax.typing.ArrayLike) -> jax.Array:
     """Multiplies the input channels of a weight by `s`.
 

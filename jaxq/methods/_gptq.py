@@ -36,6 +36,7 @@ from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._method_options import (
     COUNT,
@@ -106,6 +107,7 @@ class GPTQInfo(NamedTuple):
     fell_back: jax.Array
 
 
+@on_explicit_axes
 def gptq(
     w: ArrayLike,
     hessian: ArrayLike,

@@ -30,6 +30,7 @@ from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._method_options import (
     NOT_NEGATIVE,
@@ -79,6 +80,7 @@ class HQQInfo(NamedTuple):
     improved: jax.Array
 
 
+@on_explicit_axes
 def hqq(
     w: ArrayLike,
     spec: str | QuantSpec,

@@ -39,6 +39,7 @@ from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._method import Method, Option, Solution
 from jaxq.methods._method_options import NOT_NEGATIVE, check_values, choice
 from jaxq.observers import LayerStats
@@ -97,6 +98,7 @@ class KMeansInfo(NamedTuple):
     num_empty: jax.Array
 
 
+@on_explicit_axes
 def kmeans(
     w: ArrayLike,
     bits: int,
@@ -165,6 +167,7 @@ def kmeans(
     return _kmeans(w, np.int32(num_steps), spec, init, algorithm)
 
 
+@on_explicit_axes
 def centroid_gradient(grad_w: ArrayLike, qt: QTensor) -> jax.Array:
     """Returns the gradient of a codebook, given the gradient of the weight.
 

@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxq import formats, ops
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._method_options import check_values, number, why_not_stochastic
 from jaxq.observers import LayerStats
@@ -70,6 +71,7 @@ class LLMInt8MatmulInfo(NamedTuple):
     num_missed: jax.Array
 
 
+@on_explicit_axes
 def llm_int8(
     w: jax.typing.ArrayLike,
     spec: str | QuantSpec = "int8",

@@ -32,6 +32,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 
 # Order -> four numbers. Their bits are the signs (1 for -1) of the first rows of
 # circulant matrices A, B, C, D of order n = order / 4, with
@@ -51,6 +52,7 @@ _LARGEST_PALEY = 1 << 12
 _SYLVESTER = np.array([[1, 1], [1, -1]], np.int8)
 
 
+@on_explicit_axes
 def hadamard(
     x: jax.typing.ArrayLike, axis: int = -1, *, inverse: bool = False
 ) -> jax.Array:
@@ -153,6 +155,7 @@ def random_hadamard(key: jax.Array, n: int) -> jax.Array:
     return jax.random.rademacher(key, (n,), jnp.float32)
 
 
+@on_explicit_axes
 def rotate_in(
     w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None
 ) -> jax.Array:
@@ -182,6 +185,7 @@ def rotate_in(
     return hadamard(_times_signs(w, signs, -2, "rotate_in"), -2)
 
 
+@on_explicit_axes
 def rotate_out(
     w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None
 ) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxq import metrics
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._method import Method
 from jaxq.methods._method_options import refuse, why_not_stochastic
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
@@ -35,6 +36,7 @@ class RTNInfo(NamedTuple):
     sqnr: jax.Array
 
 
+@on_explicit_axes
 def rtn(
     w: ArrayLike, spec: str | QuantSpec, *, name: str = "w"
 ) -> tuple[QTensor, RTNInfo]:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxq.methods import _matrix
+from jaxq.methods._explicit_axes import on_explicit_axes
 from jaxq.methods._folding import as_weights
 from jaxq.methods._method import Folding, Method
 from jaxq.methods._method_options import SHARE, check_values, why_not_stochastic
@@ -49,6 +50,7 @@ class SmoothQuantInfo(NamedTuple):
     dead: jax.Array
 
 
+@on_explicit_axes
 def smoothquant(
     absmax_x: jax.typing.ArrayLike,
     weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike],

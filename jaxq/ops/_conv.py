@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_conv
 from jaxq.ops._decoded import multiply_decoded, multiply_in_one_step
@@ -189,7 +191,9 @@ def convolve(
             features=features,
             mixed=mixed,
         )
+        product = _over_mesh(product, channel, batch, features, mixed=mixed)
         return _convolve_trained(convolution, product, x, kernel, batch[0])
+    product = _over_mesh(product, channel, batch, features, mixed=mixed)
     plan = plan_conv(x, kernel, channel=channel, batch=batch[0], mixed=mixed)
     carry_out = functools.partial(_convolve, product, batch=batch[1], features=features)
     if not plan.before:
@@ -205,6 +209,35 @@ def convolve(
     return multiply_quantized(
         x, kernel, axes, codes_product, float_product, is_convolution=True
     )
+
+
+def _over_mesh(
+    product: Product,
+    channel: int,
+    batch: tuple[int, int],
+    features: int,
+    *,
+    mixed: bool,
+) -> Product:
+    """The product, with the sharding of its result stated on explicit mesh axes.
+
+    The examples of the result are sharded as those of `x`, and its features as the
+    channels of the kernel. The arguments are those of `convolve`.
+    """
+
+    def multiply(x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
+        axis_names: list[Any] = [None] * x.ndim
+        if not mixed:
+            axis_names[batch[1]] = explicit_spec(x)[batch[0]]
+        axis_names[features] = explicit_spec(kernel)[channel]
+
+        def convolve_arrays(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return product(x, kernel, accumulate)
+
+        spec = PartitionSpec(*axis_names)
+        return call_on_auto_axes(convolve_arrays, spec, x, kernel)
+
+    return multiply
 
 
 def _activation_axes(x: jax.Array, batch: int) -> ActivationAxes:

@@ -12,7 +12,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.ops.kv_cache._arrays import (
     CacheArrays,
     newest_in_ring,
@@ -28,12 +30,21 @@ Cache = TypeVar("Cache", bound=CacheArrays)
 def append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
     """Appends the first `count` new tokens of each slot and returns the new cache.
 
+    On a mesh with explicit axes the new cache is sharded as the old one. So a cache can
+    be the carry of a scan.
+
     Args:
       cache: the cache without the new tokens.
       k: keys `[b, t, m, h]` of the new tokens.
       v: values `[b, t, m, h]` of the new tokens.
       count: int32 `[b]`, the number of tokens that each slot takes, in `[0, t]`.
     """
+    specs = jax.tree.map(lambda leaf: PartitionSpec(*explicit_spec(leaf)), cache)
+    return call_on_auto_axes(_append, specs, cache, k, v, count)
+
+
+def _append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
+    """As `append`, on a mesh without explicit axes."""
     spec, before = cache.spec, cache.lengths
     after = before + count  # [b]
     if spec.rotation is not None:

@@ -18,7 +18,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.ops.kv_cache._arrays import CacheArrays, newest_in_ring
 from jaxq.ops.kv_cache._groups import read_groups
 from jaxq.ops.kv_cache._online_softmax import (
@@ -58,6 +60,23 @@ def attend(
     Returns:
       float32 `[b, t, n, h]`.
     """
+    steps = functools.partial(_attend, scale=scale, block=block)
+    # The heads of the result are those of the queries, on the same devices.
+    out_spec = PartitionSpec(*explicit_spec(q))
+    return call_on_auto_axes(steps, out_spec, cache, q, k, v, count)
+
+
+def _attend(
+    cache: CacheArrays,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    count: jax.typing.ArrayLike,
+    *,
+    scale: float,
+    block: int,
+) -> jax.Array:
+    """As `attend`, on a mesh without explicit axes."""
     spec, lengths = cache.spec, cache.lengths
     b, t, n, h = q.shape
     m = cache.recent_keys.shape[1]
