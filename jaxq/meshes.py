@@ -7,6 +7,7 @@ type Auto: XLA chooses the shardings inside, and only the sharding of the result
 stated.
 
 `apply_out_sharding` shards a result as the caller's argument `out_sharding=` says.
+`compile_time_eval` computes small constants while a program on a mesh is traced.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def explicit_spec(x: Any) -> tuple:
@@ -32,6 +33,19 @@ def explicit_spec(x: Any) -> tuple:
 def is_explicit(x: Any) -> bool:
     """True if an array is on a mesh with explicit axes."""
     return bool(_explicit_names(jax.typeof(x).sharding.mesh))
+
+
+@contextlib.contextmanager
+def compile_time_eval() -> Iterator[None]:
+    """As `jax.ensure_compile_time_eval`, also in `shard_map` and for a described mesh.
+
+    Arrays that are made in this context are concrete and on one device. jax's own
+    context computes on the present mesh. That fails if its axes are Manual, or if it is
+    an `AbstractMesh` that only describes devices.
+    """
+    no_mesh = AbstractMesh((), ())
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
+        yield
 
 
 def call_on_auto_axes(fn: Callable[..., Any], spec: Any, *args: Any) -> Any:

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxq import formats
 from jaxq.emulation._precision import straight_through
+from jaxq.meshes import compile_time_eval
 
 _CARRIERS = ("float16", "bfloat16", "float32", "float64")
 
@@ -130,5 +131,5 @@ def _largest_held(dtype: np.dtype, fmt: formats.Format) -> float:
         largest = np.nextafter(largest, np.asarray(0, dtype))
     if float(largest) == fmt.max:
         return fmt.max
-    with jax.ensure_compile_time_eval():
+    with compile_time_eval():
         return float(fmt.round(largest.astype(np.float32), rounding="toward_zero"))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.debug_checks import allow_nonfinite
+from jaxq.meshes import compile_time_eval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Format(abc.ABC):
         Raises:
           ValueError: the format has more than 16 bits.
         """
-        with jax.ensure_compile_time_eval(), allow_nonfinite():
+        with compile_time_eval(), allow_nonfinite():
             decoded = np.asarray(self.decode(jnp.asarray(self.codes())))
         # -0 and 0 are one number. Adding 0 turns -0 into 0.
         return np.unique(decoded[np.isfinite(decoded)]) + np.float32(0)

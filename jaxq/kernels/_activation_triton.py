@@ -100,7 +100,10 @@ def quantize_activation(
 def _program(p: ActivationProblem, bm: int, x_ref, codes_ref, scale_ref) -> None:
     """One program. It quantizes `bm` rows of `group` numbers."""
     length = pl.next_power_of_2(p.group)
-    rows, columns = pl.ds(pl.program_id(0) * bm, bm), pl.ds(0, length)
+    rows = pl.ds(pl.program_id(0) * bm, bm)
+    # `length` may be longer than a row, and the mask leaves out what is behind it. jax
+    # refuses such a slice if its start is a constant.
+    columns = pl.ds(pl.program_id(0) * 0, length)
     row_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m * p.num_groups
     shape = (bm, length)
     mask = lax.broadcast_in_dim(row_mask, shape, (0,))

@@ -33,6 +33,7 @@ from jaxq.kernels._rows import (
     unpack_codes,
     work_bytes,
 )
+from jaxq.meshes import compile_time_eval
 
 _NATIVE_FLOATS = (
     "float8_e4m3fn",
@@ -67,7 +68,7 @@ def is_exact_in_float8(fmt: formats.Format) -> bool:
         return int(fmt.max - fmt.min) <= _LARGEST_WHOLE
     if fmt.bits >= 8:
         return False
-    with jax.ensure_compile_time_eval():
+    with compile_time_eval():
         numbers = np.asarray(fmt.decode(jnp.asarray(fmt.codes())), np.float32)
         rounded = numbers.astype(jnp.float8_e4m3fn).astype(np.float32)
     return bool((numbers == rounded).all())

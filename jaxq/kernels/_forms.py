@@ -40,6 +40,7 @@ from jaxq.kernels._xla import (
     weight_only_matmul,
     whole_numbers_matmul,
 )
+from jaxq.meshes import compile_time_eval
 
 
 def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
@@ -211,7 +212,7 @@ def _numbers_of(fmt: formats.Format) -> np.ndarray:
     It is a constant of the program. A program that looked the numbers up would launch
     several small kernels, and on a TPU they can take as long as the product.
     """
-    with jax.ensure_compile_time_eval():
+    with compile_time_eval():
         codes = jnp.arange(16, dtype=fmt.code_dtype)
         return np.asarray(fmt.decode(codes), np.float32)
 

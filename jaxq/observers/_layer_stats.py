@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jaxq.meshes import call_on_auto_axes
 from jaxq.observers._observer import Observer
 
 NUM_SAMPLES = 512
@@ -157,6 +159,20 @@ def update_stats(
         eight is held out. Each call holds out another part.
       observer: the observer that made the state `stats.observed`, or None.
     """
+    update = functools.partial(_update_stats, observer)
+    # Every device has all statistics, also on a mesh with explicit axes.
+    specs = jax.tree.map(lambda _: PartitionSpec(), stats)
+    return call_on_auto_axes(update, specs, stats, x, counts, parts)
+
+
+def _update_stats(
+    observer: Observer | None,
+    stats: LayerStats,
+    x: jax.Array,
+    counts: jax.Array,
+    parts: jax.Array,
+) -> LayerStats:
+    """As `update_stats`, on a mesh without explicit axes."""
     x = x.astype(jnp.float32)
     is_held_out = (parts + stats.num_calls) % _HELD_OUT_PERIOD == _HELD_OUT_PERIOD - 1
     used = (counts & ~is_held_out)[:, None]  # [t, 1]

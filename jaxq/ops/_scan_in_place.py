@@ -25,6 +25,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxq import jaxprs, kernels
 
@@ -34,7 +35,8 @@ _Result = TypeVar("_Result")
 # Products by a quantized weight. The operands are x, the leaves, and then tangents.
 _PRODUCTS = ("quantized_matmul", "quantized_matmul_tangent")
 # These do not reorder elements. If the number of elements stays, they are reshapes.
-_RESHAPES = ("broadcast_in_dim", "reshape", "slice", "squeeze")
+# `reshard` changes the mesh axes of an array, for example before a product.
+_RESHAPES = ("broadcast_in_dim", "reshape", "reshard", "slice", "squeeze")
 # Calls whose operands are the inputs of their function.
 _PLAIN_CALLS = (
     *("checkpoint", "closed_call", "core_call", "custom_vjp_call", "jit"),
@@ -369,9 +371,7 @@ def _evaluate(closed: Any, args: Sequence) -> list:
 def _evaluate_equation(equation: Any, operands: list) -> Sequence:
     name = equation.primitive.name
     if _is_reshape(equation) and isinstance(operands[0], _Slice):
-        stack = operands[0].stack
-        shape = (stack.shape[0], *equation.outvars[0].aval.shape)
-        return [_Slice(stack.reshape(shape), operands[0].number)]
+        return [_reshaped(equation, operands[0])]
     if name in _PRODUCTS:
         return [_product(equation, operands)]
     functions = [_products_of(inner) for inner in _functions(equation)]
@@ -391,6 +391,22 @@ def _evaluate_equation(equation: Any, operands: list) -> Sequence:
     if has_slices or any(products.num_stacks for products in functions):
         return _CALLS[name](_evaluate, equation, operands)
     return jaxprs.bind(equation, operands)
+
+
+def _reshaped(equation: Any, layer: _Slice) -> _Slice:
+    """The result of an equation that `_is_reshape`."""
+    if equation.primitive.name != "reshard":
+        shape = (layer.stack.shape[0], *equation.outvars[0].aval.shape)
+        return _Slice(layer.stack.reshape(shape), layer.number)
+    sharding = equation.params["dst_sharding"]
+
+    def reshard(array: jax.Array, *spec: Any) -> jax.Array:
+        changed = sharding.update(spec=PartitionSpec(*spec))
+        params = equation.params | {"dst_sharding": changed}
+        return equation.primitive.bind(array, **params)
+
+    # The axis of layers is not sharded: jax scans over no other stack on such a mesh.
+    return _Slice(reshard(layer.stack, None, *sharding.spec), reshard(layer.number))
 
 
 def _product(equation: Any, operands: list) -> jax.Array:

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxq import formats
 from jaxq.formats import Packing
+from jaxq.meshes import compile_time_eval
 
 
 def word_bytes(words: jax.Array) -> jax.Array:
@@ -52,7 +53,7 @@ def flip_signs(data: jax.Array, bits: int, packing: Packing) -> jax.Array:
         return lax.bitcast_convert_type(data, jnp.uint8) ^ np.uint8(0x80)
     num_codes = 8 if packing is Packing.BITSTREAM else 8 // bits
     tops = np.full(num_codes, 1 << (bits - 1), np.uint8)
-    with jax.ensure_compile_time_eval():
+    with compile_time_eval():
         pattern = np.asarray(formats.pack(jnp.asarray(tops), bits, packing))
     repeats = -(-data.shape[-1] // pattern.size)
     row = np.tile(pattern, repeats)[: data.shape[-1]]
