@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntegerFormat, get, names
 from tests import tables
@@ -383,3 +385,18 @@ def test_rounding_and_key_are_checked(fmt):
         fmt.encode(1.0, rounding="stochastic")
     with pytest.raises(ValueError, match="does not use it"):
         fmt.encode(1.0, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_values_are_known_inside_shard_map(kind):
+    """Lists of numbers are constants, also where the axes of the mesh are Manual."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    fmt = get("float6_e3m2fn")
+
+    def shard(x):
+        return x + float(fmt.values()[-1])
+
+    shard = jax.shard_map(shard, mesh=mesh, in_specs=P(), out_specs=P())
+    with jax.set_mesh(mesh):
+        y = jax.jit(shard)(jnp.zeros(4))
+    assert float(y[0]) == fmt.max

@@ -87,7 +87,6 @@ def export_context(platform):
 def test_an_exported_product_computes_every_batch_size():
     (b,) = export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((b, 256), jnp.bfloat16)
-    product = product_of(name)  # the context below can only lower programs
     multiply = product_of("fp8")
     exported = export.export(jax.jit(multiply))(x)
     for size in (1, 5):
