@@ -21,8 +21,10 @@ from jaxq.qtensor import (
     relayout,
     shard_like,
 )
+from jaxq.sharding import check_mesh, shardings_of
 
 Place = Callable[[str, Any], Any]
+Plan = Callable[[Any], Any]
 
 
 def placement(into: Any, owner: str) -> Place:
@@ -49,6 +51,30 @@ def placement(into: Any, owner: str) -> Place:
         return _put_like(value, targets.get(name))
 
     return place
+
+
+def plan_on_mesh(into: Any, mesh: Any, rules: Any, owner: str) -> Plan | None:
+    """A function that finds the sharding of every array of a file on a mesh.
+
+    Args:
+      into: the model or the tree that `load` fills, or None.
+      mesh: the mesh of devices. If it is None, there is no plan.
+      rules: as in `jaxq.sharding.place`.
+      owner: the beginning of errors.
+
+    Raises:
+      TypeError: `mesh` is not a mesh of devices; or there are rules and no mesh.
+    """
+    if mesh is None:
+        if rules is not None:
+            raise TypeError(f"{owner}: rules= needs mesh=, the mesh of devices.")
+        return None
+    check_mesh(mesh, owner)
+
+    def plan(shapes: Any) -> Any:
+        return shardings_of(shapes, mesh, rules, into=into, caller=owner)
+
+    return plan
 
 
 def _targets(into: Any, owner: str) -> dict[str, Any]:

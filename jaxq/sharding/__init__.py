@@ -25,6 +25,9 @@ from jaxq.sharding._entries import WEIGHT_SHARDING_RULES as WEIGHT_SHARDING_RULE
 from jaxq.sharding._fit_to_shards import fit_to_shards
 from jaxq.sharding._place import place
 from jaxq.sharding._read_rules import read_rules
+from jaxq.sharding._shardings import Rules as Rules
+from jaxq.sharding._shardings import check_mesh as check_mesh
+from jaxq.sharding._shardings import shardings_of as shardings_of
 from jaxq.sharding._specs import specs
 
 # An import with `as` and the same name is for other rooms of jaxq, not for users.
