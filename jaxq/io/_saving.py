@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxq.io._into_tree import into_tree
-from jaxq.io._placement import placement, plan_on_mesh
+from jaxq.io._placement import plan_like, plan_on_mesh
 from jaxq.qtensor import is_linen_module, is_nnx_module, is_nnx_state
 from jaxq.serialization import Contents, read_contents, write_contents
 from jaxq.sharding import Rules
@@ -119,7 +119,7 @@ def load(
     plan = plan_on_mesh(into, mesh, rules, "load")
     place = None
     if into is not None and mesh is None:
-        place = placement(into, f"load: into= for {path}")
+        plan, place = plan_like(into, f"load: into= for {path}")
     contents = read_contents(
         path, caller="load", verify=verify, place=place, plan=plan
     )

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from jaxq.files import RefusedFile, TensorFile
 from jaxq.qtensor import (
@@ -35,6 +35,7 @@ from jaxq.qtensor import (
     without_padding,
 )
 from jaxq.serialization._damage import NATIVE, damage_of, dtype_of
+from jaxq.sharding import array_from_parts
 
 # safetensors has no name for some dtypes of jax. So an array of another dtype than
 # `NATIVE`, such as bfloat16, is stored as unsigned integers of the same width, and its
@@ -302,24 +303,16 @@ class EntryReader:
             ) from error
 
     def _read_parts(self, name: str, dtype: np.dtype, at: Sharding) -> jax.Array:
-        """An array on several devices. Each part is read once.
+        """An array on several devices, of which only the parts are read."""
 
-        Parts of devices of other processes are not read.
-        """
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            return self._in_dtype(name, self._file.read_part(name, index), dtype)
+
+        def put(part: np.ndarray, device: Any) -> jax.Array:
+            return self._on_device(name, part, device)
+
         shape = self._file.headers[name].shape
-        parts: dict[tuple, tuple[tuple[slice, ...], list[Any]]] = {}
-        for device, index in at.addressable_devices_indices_map(shape).items():
-            index = index or ()
-            # Slices have no hash before Python 3.12.
-            bounds = tuple((axis.start, axis.stop) for axis in index)
-            parts.setdefault(bounds, (index, []))[1].append(device)
-        arrays = []
-        for index, devices in parts.values():
-            part = self._in_dtype(name, self._file.read_part(name, index), dtype)
-            for device in devices:
-                place = SingleDeviceSharding(device, memory_kind=at.memory_kind)
-                arrays.append(self._on_device(name, part, place))
-        return jax.make_array_from_single_device_arrays(shape, at, arrays, dtype=dtype)
+        return array_from_parts(shape, dtype, at, read, put)
 
     def _rebuild_qtensor(self, entry: dict[str, Any], path: str, at: Any) -> QTensor:
         name = path or "the value"
@@ -378,8 +371,10 @@ _REBUILDERS = {
 }
 
 
-def _put_whole(leaf: jax.Array, at: Sharding) -> jax.Array:
+def _put_whole(leaf: jax.Array, at: Sharding | None) -> jax.Array:
     """An array that this process has as a whole, on the devices of a sharding."""
+    if at is None:
+        return leaf
     values = np.asarray(leaf)
     return jax.make_array_from_callback(values.shape, at, lambda index: values[index])
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxq.qtensor import is_nnx_variable
 from jaxq.sharding._entries import (
     Entry,
     find_entries,
@@ -55,10 +56,7 @@ def shardings_of(
     ]
     if treedef is None:
         return found[0]
-    leaves = [
-        entry.leaf.replace_boxed(at) if is_box(entry.leaf) else at
-        for entry, at in zip(entries, found, strict=True)
-    ]
+    leaves = [_in_leaf(entry, at) for entry, at in zip(entries, found, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -69,6 +67,13 @@ def check_mesh(mesh: Any, caller: str) -> None:
             f"{caller}: mesh must be a jax.sharding.Mesh of devices, got "
             f"{type(mesh).__name__}. Make one with jax.make_mesh."
         )
+
+
+def _in_leaf(entry: Entry, at: Any) -> Any:
+    """The shardings in the kind of leaf that the tree has."""
+    if is_nnx_variable(entry.leaf):
+        return entry.leaf.replace(at)
+    return entry.leaf.replace_boxed(at) if is_box(entry.leaf) else at
 
 
 def _like(entries: list[Entry], into: Any, caller: str) -> list[Entry]:
