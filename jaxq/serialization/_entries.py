@@ -10,6 +10,8 @@ rebuilds the value. The field "is" of an entry says which kind of value it descr
   "dict"     "items": entries by key. Other pytree nodes are written as dicts too.
   "list"     "items": entries
   "tuple"    "items": entries
+  "box"      a linen box of metadata: "box" (the name of its class), "names" and "rules"
+             of axes, and "value" (the entry of an array or a QTensor)
   "qtensor"  "shape", the fields of its `Meta`, and "leaves": entries by name
 """
 
@@ -34,8 +36,9 @@ from jaxq.qtensor import (
     relayout,
     without_padding,
 )
+from jaxq.serialization._boxes import box_fields, boxed, name_of_value
 from jaxq.serialization._damage import NATIVE, damage_of, dtype_of
-from jaxq.sharding import array_from_parts
+from jaxq.sharding import array_from_parts, is_box, value_in_box
 
 # safetensors has no name for some dtypes of jax. So an array of another dtype than
 # `NATIVE`, such as bfloat16, is stored as unsigned integers of the same width, and its
@@ -79,6 +82,13 @@ class EntryWriter:
                 self.describe(v, _child_path(path, str(i))) for i, v in enumerate(value)
             ]
             return {"is": type(value).__name__, "items": items}
+        if is_box(value):
+            fields = box_fields(value)
+            if fields is not None:
+                inner = value_in_box(value)
+                name = name_of_value(isinstance(inner, QTensor))
+                entry = self.describe(inner, _child_path(path, name))
+                return {"is": "box", **fields, "value": entry}
         parts = None if is_nnx_module(value) else _parts(value)
         if parts is not None:
             return self._describe_dict(parts, path)
@@ -249,6 +259,14 @@ class EntryReader:
     ) -> tuple[Any, ...]:
         return tuple(self._rebuild_list(entry, path, at))
 
+    def _rebuild_box(self, entry: dict[str, Any], path: str, at: Any) -> Any:
+        kind = entry["value"]["is"]
+        if kind not in ("array", "qtensor"):
+            raise TypeError(f"a box must hold an array, got a {kind!r:.80}")
+        name = name_of_value(kind == "qtensor")
+        value = self.rebuild(entry["value"], _child_path(path, name), value_in_box(at))
+        return boxed(value, entry)
+
     def _rebuild_array(self, entry: dict[str, Any], path: str, at: Any) -> Any:
         name = entry["tensor"]
         if not isinstance(name, str) or name not in self._file.headers:
@@ -367,6 +385,7 @@ _REBUILDERS = {
     "dict": EntryReader._rebuild_dict,
     "list": EntryReader._rebuild_list,
     "tuple": EntryReader._rebuild_tuple,
+    "box": EntryReader._rebuild_box,
     "qtensor": EntryReader._rebuild_qtensor,
 }
 

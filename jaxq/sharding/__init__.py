@@ -22,6 +22,8 @@ QTensors.
 
 from jaxq.sharding._entries import WEIGHT_SHARDING as WEIGHT_SHARDING
 from jaxq.sharding._entries import WEIGHT_SHARDING_RULES as WEIGHT_SHARDING_RULES
+from jaxq.sharding._entries import is_box as is_box
+from jaxq.sharding._entries import value_in_box as value_in_box
 from jaxq.sharding._fit_to_shards import fit_to_shards
 from jaxq.sharding._parts import array_from_parts as array_from_parts
 from jaxq.sharding._place import place
