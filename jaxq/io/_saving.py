@@ -120,9 +120,7 @@ def load(
     place = None
     if into is not None and mesh is None:
         plan, place = plan_like(into, f"load: into= for {path}")
-    contents = read_contents(
-        path, caller="load", verify=verify, place=place, plan=plan
-    )
+    contents = read_contents(path, caller="load", verify=verify, place=place, plan=plan)
     if contents.kind not in ("tree", "model"):
         raise ValueError(
             f"load: {path} holds a {contents.kind!r:.80}, which this version of jaxq "

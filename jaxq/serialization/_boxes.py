@@ -1,8 +1,8 @@
 """The boxes of metadata of linen variables, as JSON fields.
 
-A file keeps the boxes of Flax that have names of axes and nothing else: `nn.Partitioned`
-and `nn.LogicallyPartitioned`, and jaxq's `QuantizedBox` around them. The mesh of a box
-is not kept. Other boxes are written as dicts.
+A file keeps the boxes of Flax that have names of axes: `nn.Partitioned` and
+`nn.LogicallyPartitioned`, and jaxq's `QuantizedBox` around them. The mesh of a box is
+not kept. Other boxes are written as dicts.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def specs(
 
     Returns:
       The tree with a PartitionSpec in place of each array. A QTensor becomes a QTensor
-      of PartitionSpecs, and an nnx model an `nnx.State`. A linen box of an array becomes
-      a PartitionSpec. The box of a QTensor stays.
+      of PartitionSpecs, an nnx model an `nnx.State`, and a linen box of an array a
+      PartitionSpec. The box of a QTensor stays, so that the specs fit the tree.
 
     Raises:
       TypeError: a rule is not a pattern with a PartitionSpec; or the tree has a weight

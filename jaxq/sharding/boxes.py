@@ -25,8 +25,9 @@ class QuantizedBox(struct.PyTreeNode, meta.AxisMetadata):
     """A box of Flax that holds a QTensor.
 
     `nn.unbox` returns the QTensor. `nn.get_partition_spec` and `nn.get_sharding` return
-    the box with the PartitionSpec or the sharding of each leaf of the QTensor. `nn.scan`
-    and `nn.vmap` add and remove the names of stacked axes, as in a box of floats.
+    the box with the PartitionSpec or the sharding of each leaf of the QTensor, and
+    `nn.unbox` returns these too. `nn.scan` and `nn.vmap` add and remove the names of
+    stacked axes, as in a box of floats.
 
     Unlike a box of floats, it does not constrain the sharding of its value under jit.
     Codes and scales stay where they are.

@@ -86,9 +86,7 @@ def own_weight(
     path = "/".join((*layer.path, name))
     if not layer.has_variable("params", name):
 
-        def init_quantized(
-            rng: jax.Array, shape: tuple[int, ...], dtype: Any
-        ) -> Any:
+        def init_quantized(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
             # A lifted layer (nn.vmap) initializes its elements one by one, so a new
             # weight has no stack axes.
             boxed = init(rng, shape, dtype)
