@@ -35,7 +35,7 @@ class Source(NamedTuple):
         return self.file.read_part(self.name, index[::-1]).T
 
 
-# The tensor of each layer of a parameter. Layers that are not stacked have the key None.
+# The tensor of each layer of a parameter. The key is None if layers are not stacked.
 Sources = dict[int | None, Source]
 
 
