@@ -71,9 +71,9 @@ def quantized(w, preset):
 
 
 @functools.cache
-def on_one_device(preset, where, *, is_stack):
-    """A quantized weight, or a stack of two. Several actions use it."""
-    w = weight_for(where)
+def on_one_device(preset, *, is_batch, is_stack=False):
+    """A quantized weight on one device, which several actions use."""
+    w = weight_for("batch" if is_batch else "row")
     return quantized(jnp.stack([w, -2 * w]) if is_stack else w, preset)
 
 
@@ -151,11 +151,11 @@ def check_files(qt, placed, mesh, preset, where, folder):
 )
 def test_sharded_weights(preset, where, kind, action, tmp_path):
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(kind, kind))
-    w = weight_for(where)
+    is_batch = where == "batch"
     if action == "quantize":
-        expected = on_one_device(preset, where, is_stack=False)
+        expected = on_one_device(preset, is_batch=is_batch)
         with jax.set_mesh(mesh):
-            w = jax.device_put(w, NamedSharding(mesh, SPECS[where]))
+            w = jax.device_put(weight_for(where), NamedSharding(mesh, SPECS[where]))
             qt = quantized(w, preset)
         same_sums = where == "batch" or (where == "column" and preset != "ttq")
         if preset not in SCALES_ARE_MEANS or same_sums:
@@ -166,8 +166,8 @@ def test_sharded_weights(preset, where, kind, action, tmp_path):
             np.testing.assert_allclose(qt.codebook, expected.codebook, rtol=1e-6)
         assert jnp.mean(qt.codes() == expected.codes()) > 0.999
         return
-    is_stack = action == "scan" and where != "batch"
-    qt = on_one_device(preset, where, is_stack=is_stack)
+    is_stack = action == "scan" and not is_batch
+    qt = on_one_device(preset, is_batch=is_batch, is_stack=is_stack)
     x = normal_with_outliers(4, K)
     placed = placed_on(qt, mesh, preset, where)
     if action == "place":
