@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxq.files._checksums import Checksums, checksum, read_checksums
+from jaxq.files._checksums import CHUNK, Checksums, checksum, read_checksums
+from jaxq.files._part_bytes import PartBytes
 from jaxq.files._write_tensors import DTYPES
 
 METADATA = "__metadata__"
@@ -83,6 +84,8 @@ class TensorFile:
         try:
             self.metadata, self.headers = self._read_header()
             self._checksums = self._read_checksums() if verify else None
+            # Chunks whose checksum was right: name and number.
+            self._verified: set[tuple[str, int]] = set()
         except BaseException:
             self._file.close()
             raise
@@ -118,6 +121,36 @@ class TensorFile:
         data = self._read_bytes(name, start * row_bytes, stop * row_bytes)
         return self._as_array(name, data, (stop - start, *row))
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, such as the part of one device.
+
+        Only the chunks that hold bytes of the part are read and compared with their
+        checksums. This takes the memory of the part and of one chunk.
+
+        Args:
+          name: of the tensor.
+          index: a slice with step 1 for each axis.
+
+        Raises:
+          RefusedFile: as `read`.
+        """
+        header, dtype = self.headers[name], self._dtype(name)
+        bounds = [
+            part.indices(size)[:2]
+            for part, size in zip(index, header.shape, strict=True)
+        ]
+        shape = tuple(stop - start for start, stop in bounds)
+        data = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        if data.size:
+            part = PartBytes(header.shape, bounds, dtype.itemsize)
+            chunk_bytes = self._checksums.chunk if self._checksums else CHUNK
+            size = header.stop - header.start
+            for number in part.chunks(chunk_bytes):
+                start = number * chunk_bytes
+                stop = min(start + chunk_bytes, size)
+                part.copy(self._read_bytes(name, start, stop), start, data)
+        return self._as_array(name, data, shape)
+
     def _read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
         """Some bytes of a tensor, after a comparison of their checksums."""
         header, checksums = self.headers[name], self._checksums
@@ -132,18 +165,22 @@ class TensorFile:
         for number, chunk_start, chunk_stop in chunks:
             chunk = data[chunk_start - first : chunk_stop - first]
             self._read_into(chunk, header.start + chunk_start)
+            # Parts of several devices are in one chunk.
+            if (name, number) in self._verified:
+                continue
             found = checksum(name, header.dtype, header.shape, number, chunk.data)
             if found != checksums.of(name, number):
                 raise self.damaged(
                     f"bytes {chunk_start} to {chunk_start + chunk.size - 1} of {name} "
                     f"do not have their checksum. verify=False reads them anyway"
                 )
+            self._verified.add((name, number))
         return data[start - first : stop - first]
 
     def _as_array(
         self, name: str, data: np.ndarray, shape: tuple[int, ...]
     ) -> np.ndarray:
-        dtype = self._dtype(name, self.headers[name])
+        dtype = self._dtype(name)
         if dtype == np.bool_ and data.size and data.max() > 1:
             raise self.damaged(f"{name} has numbers that are neither true nor false")
         array = data.view(dtype.newbyteorder("<")).reshape(shape)
@@ -170,7 +207,8 @@ class TensorFile:
         except ValueError as error:
             raise self.damaged(f"{error}. verify=False reads it anyway") from error
 
-    def _dtype(self, name: str, header: TensorHeader) -> np.dtype:
+    def _dtype(self, name: str) -> np.dtype:
+        header = self.headers[name]
         if header.dtype not in DTYPES:
             raise self.damaged(f"{name} holds {header.dtype}, which numpy cannot read")
         return DTYPES[header.dtype]

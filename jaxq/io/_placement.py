@@ -1,7 +1,7 @@
-"""Puts the values of a file on the devices of the arrays whose place they take.
+"""The devices of the arrays of a file, found before any array is read.
 
-Each value moves as soon as it is read. So the first device never holds more than one
-value of a model that is sharded over many devices.
+`load` reads only the parts of an array that the devices of this process need. So no
+device and no process ever holds a whole array that is sharded.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from jaxq.qtensor import (
     QTensor,
     fitting_spec,
     is_nnx_module,
+    leaf_specs,
     relayout,
-    shard_like,
 )
+from jaxq.sharding import check_mesh, shardings_of
 
+# `plan(shapes)` gets a tree of `jax.ShapeDtypeStruct`s and QTensors of them. It returns
+# the tree with a sharding in place of each shape, or None.
+Plan = Callable[[Any], Any]
+# `place(name, value)` returns an array or a QTensor after it was read.
 Place = Callable[[str, Any], Any]
 
 
-def placement(into: Any, owner: str) -> Place:
-    """A function that puts a value of a file on the devices of its target.
+def plan_like(into: Any, owner: str) -> tuple[Plan, Place]:
+    """Functions that put arrays of a file on the devices of their targets.
 
     Args:
       into: the model or the tree that `load` fills.
       owner: the beginning of errors.
 
     Returns:
-      `place(name, value)`. A value that has no target, or does not fit it, stays where
-      it is: the comparison of the whole file with `into` names it.
+      (plan, place). The plan has None for a value that has no target, or does not fit
+      it: the comparison of the whole file with `into` names it. `place` gives codes the
+      axis order of their target, which a file does not keep.
 
     Raises:
       ValueError: two leaves of `into` have the same path; or `into` has shapes on a
@@ -45,10 +51,47 @@ def placement(into: Any, owner: str) -> Place:
         for leaf in jax.tree.leaves(target):
             _check_mesh(leaf, name, owner)
 
-    def place(name: str, value: Any) -> Any:
-        return _put_like(value, targets.get(name))
+    def plan(shapes: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            shapes, is_leaf=lambda node: isinstance(node, QTensor)
+        )
+        found = []
+        for path, value in leaves:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found.append(_sharding_like(value, targets.get(name)))
+        return jax.tree.unflatten(treedef, found)
 
-    return place
+    def place(name: str, value: Any) -> Any:
+        target = targets.get(name)
+        if not isinstance(value, QTensor) or not isinstance(target, QTensor):
+            return value
+        return _in_layout_of(value, target)
+
+    return plan, place
+
+
+def plan_on_mesh(into: Any, mesh: Any, rules: Any, owner: str) -> Plan | None:
+    """A function that finds the sharding of every array of a file on a mesh.
+
+    Args:
+      into: the model or the tree that `load` fills, or None.
+      mesh: the mesh of devices. If it is None, there is no plan.
+      rules: as in `jaxq.sharding.place`.
+      owner: the beginning of errors.
+
+    Raises:
+      TypeError: `mesh` is not a mesh of devices; or there are rules and no mesh.
+    """
+    if mesh is None:
+        if rules is not None:
+            raise TypeError(f"{owner}: rules= needs mesh=, the mesh of devices.")
+        return None
+    check_mesh(mesh, owner)
+
+    def plan(shapes: Any) -> Any:
+        return shardings_of(shapes, mesh, rules, into=into, caller=owner)
+
+    return plan
 
 
 def _targets(into: Any, owner: str) -> dict[str, Any]:
@@ -65,48 +108,70 @@ def _targets(into: Any, owner: str) -> dict[str, Any]:
     return targets
 
 
-def _put_like(value: Any, target: Any) -> Any:
-    """The value on the devices of the target, if both have the same shape."""
-    if not isinstance(value, QTensor | jax.Array):
-        return value
-    if getattr(target, "shape", None) != value.shape:
-        return value
-    if isinstance(target, QTensor):
-        is_quantized = isinstance(value, QTensor)
-        return _put_qtensor_like(value, target) if is_quantized else value
-    sharding = _chosen_sharding(target)
-    if sharding is None:
-        return value
-    if isinstance(value, QTensor) and isinstance(sharding, NamedSharding):
-        floats = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-        return shard_like(value, floats)
-    return jax.device_put(value, sharding)
+def _sharding_like(value: Any, target: Any) -> Any:
+    """The sharding of an array, or of each leaf of a QTensor, after that of its target.
 
-
-def _put_qtensor_like(value: QTensor, target: QTensor) -> QTensor:
-    """The QTensor with each leaf on the devices of the same leaf of the target.
-
-    The codes get the axis order of the target, which a file does not keep.
+    None if they do not fit.
     """
-    if not value.meta.geometry.flat:
-        value = relayout(value, target.meta.layout)
-    leaves = [
-        _put_leaf_like(getattr(value, name), getattr(target, name)) for name in LEAVES
-    ]
+    if not hasattr(value, "shape") or getattr(target, "shape", None) != value.shape:
+        return None
+    if isinstance(target, QTensor):
+        return _shardings_of_target(value, target)
+    sharding = _chosen_sharding(target)
+    if sharding is None or not isinstance(value, QTensor):
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda _: sharding, value)
+    # Codes and scales are sharded as the float array.
+    mesh, specs = sharding.mesh, leaf_specs(value, sharding.spec)
+    return jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, fitting_spec(mesh, spec, leaf.shape)),
+        value,
+        specs,
+    )
+
+
+def _shardings_of_target(value: Any, target: QTensor) -> QTensor | None:
+    """The sharding of each leaf of the target. None if its codes have another order."""
+    if not isinstance(value, QTensor) or _needs_relayout(value, target):
+        return None
+    leaves = []
+    for name in LEAVES:
+        leaf, target_leaf = getattr(value, name), getattr(target, name)
+        if isinstance(leaf, QTensor) and isinstance(target_leaf, QTensor):
+            leaves.append(_shardings_of_target(leaf, target_leaf))
+        else:
+            leaves.append(_leaf_sharding(leaf, target_leaf))
     return QTensor.tree_unflatten(value.meta, leaves)
 
 
-def _put_leaf_like(leaf: Any, target: Any) -> Any:
-    if isinstance(leaf, QTensor) and isinstance(target, QTensor):
-        return _put_qtensor_like(leaf, target)
+def _leaf_sharding(leaf: Any, target: Any) -> Any:
+    if leaf is None or isinstance(leaf, QTensor):
+        return None
     sharding = _chosen_sharding(target)
-    if not isinstance(leaf, jax.Array) or sharding is None:
-        return leaf
-    if isinstance(sharding, NamedSharding):
-        # Codes in another packing have another size, which may not divide evenly.
-        spec = fitting_spec(sharding.mesh, sharding.spec, leaf.shape)
-        sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-    return jax.device_put(leaf, sharding)
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    # Codes in another packing have another size, which may not divide evenly.
+    spec = fitting_spec(sharding.mesh, sharding.spec, leaf.shape)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _needs_relayout(value: QTensor, target: QTensor) -> bool:
+    return not value.meta.geometry.flat and value.meta.layout != target.meta.layout
+
+
+def _in_layout_of(value: QTensor, target: QTensor) -> QTensor:
+    """The QTensor with codes in the order of the target, and on its devices."""
+    if value.shape != target.shape or not _needs_relayout(value, target):
+        return value
+    value = relayout(value, target.meta.layout)
+    shardings = _shardings_of_target(value, target)
+    assert shardings is not None
+    return jax.tree.map(
+        lambda leaf, at: leaf if at is None else jax.device_put(leaf, at),
+        value,
+        shardings,
+    )
 
 
 def _chosen_sharding(target: Any) -> Any:

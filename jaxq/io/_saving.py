@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxq.io._into_tree import into_tree
-from jaxq.io._placement import placement
+from jaxq.io._placement import plan_like, plan_on_mesh
 from jaxq.qtensor import is_linen_module, is_nnx_module, is_nnx_state
 from jaxq.serialization import Contents, read_contents, write_contents
+from jaxq.sharding import Rules
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
@@ -52,7 +55,14 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     write_contents(path, contents, caller="save")
 
 
-def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    into: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules = None,
+    verify: bool = True,
+) -> Any:
     """Reads a file that `save` wrote.
 
     Args:
@@ -68,6 +78,12 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
         dict from paths to arrays and QTensors. The variables of a quantized linen
         module are a tree. Load them without `into`, and run them with
         `jaxq.nn.linen.Quantized(module).apply(variables, x)`.
+      mesh: puts every array on this mesh of devices. Of each array, only the parts of
+        this process's devices are read, and the parts are never put together.
+      rules: the mesh axes of the float weights, as in `jaxq.sharding.place`:
+        PartitionSpecs by pattern, or one PartitionSpec if the file holds one array or
+        QTensor. None uses the metadata of Flax in `into`, or else how the arrays of
+        `into` are sharded now. All other arrays are replicated.
       verify: compare the checksums that `save` wrote. They find damage on disks and in
         transfers. They do not protect against an attacker. False reads what can be
         read of a damaged file. Files of earlier versions have no checksums.
@@ -78,7 +94,9 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
 
     Raises:
       FileNotFoundError: the file does not exist.
-      TypeError: `into` is a linen module.
+      TypeError: `into` is a linen module; or there are rules and no mesh.
+      ValueError: a shard would cut a group or a byte, or a rule matches nothing, as in
+        `jaxq.sharding.place`.
       ValueError: the file was not written by jaxq.save, or has another format version,
         or is damaged. The error names the file and the value.
       ValueError: `into` has shapes on a mesh, and `load` is not called in
@@ -98,8 +116,11 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
       QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
     _check_into(into)
-    place = None if into is None else placement(into, f"load: into= for {path}")
-    contents = read_contents(path, caller="load", verify=verify, place=place)
+    plan = plan_on_mesh(into, mesh, rules, "load")
+    place = None
+    if into is not None and mesh is None:
+        plan, place = plan_like(into, f"load: into= for {path}")
+    contents = read_contents(path, caller="load", verify=verify, place=place, plan=plan)
     if contents.kind not in ("tree", "model"):
         raise ValueError(
             f"load: {path} holds a {contents.kind!r:.80}, which this version of jaxq "

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxq.files import (
     NewFile,
@@ -28,8 +29,10 @@ from jaxq.files import (
     sync_folder,
     write_tensors,
 )
+from jaxq.models._parts import Source, Sources, read_on_mesh
 from jaxq.models.llama import Llama, LlamaConfig
 from jaxq.nn.layers import input_transforms
+from jaxq.sharding import Rules, check_mesh
 
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -69,6 +72,8 @@ def load(
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules = None,
     verify: bool = True,
 ) -> tuple[Llama, Any]:
     """Reads a Hugging Face directory of a Llama-family model with float weights.
@@ -83,6 +88,12 @@ def load(
             read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
             is exact in float32.
         scan_layers: stack the layers and run them by one scan, see `LlamaConfig`.
+        mesh: puts the parameters on this mesh of devices. Of each tensor, only the
+            parts of this process's devices are read, one by one.
+        rules: the mesh axes of parameters by pattern, as in `jaxq.sharding.place`:
+            `{"**/up_proj/kernel": PartitionSpec(None, "t"), "**": PartitionSpec()}`.
+            Paths are those of the model, for example "layers/0/mlp/up_proj/kernel", or
+            "layers/mlp/up_proj/kernel" if layers are stacked. None replicates all.
         verify: compare the checksums of weight files that `save` wrote. Other files
             have none.
 
@@ -93,6 +104,9 @@ def load(
     Raises:
         FileNotFoundError: the directory has no `config.json`, or a weight file is
             missing.
+        TypeError: there are rules and no mesh, or the mesh has no devices.
+        ValueError: a rule matches nothing, or the shards do not divide an axis, as in
+            `jaxq.sharding.place`.
         ValueError: `dtype` is not float32 or bfloat16; a file is damaged; the config is
             not supported; the index names a file outside the directory; or tensors are
             missing, unexpected, of the wrong shape or without floats. One message lists
@@ -116,6 +130,10 @@ def load(
             "jaxq.models.load: dtype must be float32 or bfloat16, got "
             f"{stored_dtype.name}."
         )
+    if mesh is not None:
+        check_mesh(mesh, "jaxq.models.load")
+    elif rules is not None:
+        raise TypeError("jaxq.models.load: rules= needs mesh=, the mesh of devices.")
     config_text = _read_text(_require_file(path, _CONFIG))
     config = _parse_config(path / _CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.
@@ -128,7 +146,17 @@ def load(
                 f"jaxq.models.load: {path} changed while it was read. Load it again."
             )
         destinations = _checked_destinations(path, config, tensors)
-        model = _filled_model(path, config, stored_dtype, destinations, tensors)
+        model = nnx.eval_shape(
+            lambda: Llama(
+                config, dtype=stored_dtype, param_dtype=stored_dtype, rngs=nnx.Rngs(0)
+            )
+        )
+        if _HEAD in tensors and _HEAD not in destinations:
+            _check_stored_head(path, tensors)
+        if mesh is None:
+            model = _filled_model(model, destinations, tensors)
+        else:
+            model = _model_on_mesh(model, destinations, tensors, mesh, rules)
     return model, tokenizer
 
 
@@ -201,25 +229,19 @@ def save(
 
 
 def _filled_model(
-    path: Path,
-    config: LlamaConfig,
-    dtype: np.dtype,
+    model: Llama,
     destinations: Mapping[str, _Destination],
     tensors: Mapping[str, TensorFile],
 ) -> Llama:
-    """The model of a config with the tensors of open files, read one by one."""
-    model = nnx.eval_shape(
-        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    )
+    """A model of shapes with the tensors of open files, read one by one."""
     graphdef, params = nnx.split(model)
     flat = dict(nnx.to_flat_state(params))
     stacks: dict[tuple, np.ndarray] = {}
     for name, file in tensors.items():
         if name not in destinations:
-            if name == _HEAD:
-                _check_stored_head(path, tensors)
             continue
         param_path, layer, _ = destinations[name]
+        dtype = flat[param_path].dtype
         tensor = file.read(name)
         if param_path[-1] == "kernel":
             tensor = tensor.T  # [in, out]
@@ -233,6 +255,25 @@ def _filled_model(
         # pop frees each stack on the host once it is copied.
         stack = stacks.pop(param_path)
         flat[param_path] = flat[param_path].replace(jnp.asarray(stack))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _model_on_mesh(
+    model: Llama,
+    destinations: Mapping[str, _Destination],
+    tensors: Mapping[str, TensorFile],
+    mesh: Mesh,
+    rules: Rules,
+) -> Llama:
+    """A model of shapes with the tensors of open files, on a mesh of devices."""
+    graphdef, params = nnx.split(model)
+    sources: dict[tuple, Sources] = {}
+    for name, (param_path, layer, _) in destinations.items():
+        source = Source(tensors[name], name, param_path[-1] == "kernel")
+        sources.setdefault(param_path, {})[layer] = source
+    flat = dict(nnx.to_flat_state(params))
+    for param_path, value in read_on_mesh(params, sources, mesh, rules).items():
+        flat[param_path] = flat[param_path].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

@@ -18,6 +18,7 @@ from jaxq.nn.layers._linen_einsum import QEinsum
 from jaxq.nn.layers._linen_embed import QEmbed
 from jaxq.nn.transform import linen_fold_batch_norm as fold_batch_norm
 from jaxq.nn.transform import linen_quantize_model as quantize_model
+from jaxq.sharding.boxes import QuantizedBox
 
 register_serialization()
 
@@ -29,6 +30,7 @@ __all__ = [
     "QEinsum",
     "QEmbed",
     "Quantized",
+    "QuantizedBox",
     "calibrate",
     "fold_batch_norm",
     "quantize_model",

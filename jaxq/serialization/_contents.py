@@ -136,6 +136,7 @@ def read_contents(
     caller: str,
     verify: bool = True,
     place: Callable[[str, Any], Any] | None = None,
+    plan: Callable[[Any], Any] | None = None,
 ) -> Contents:
     """Reads contents of any kind, as `read_tree` reads a tree.
 
@@ -145,15 +146,23 @@ def read_contents(
       verify: compare the checksums of the file.
       place: `place(name, value)` is called for each array and QTensor as soon as it is
         read, and returns the value on the devices of the caller's choice.
+      plan: `plan(value)` gets the value with a `jax.ShapeDtypeStruct` in place of each
+        array, and returns it with a `jax.sharding.Sharding` in place of each. A process
+        then reads only the parts of its devices. None in place of an array reads the
+        whole array.
     """
     with open_file(Path(path), caller, verify=verify) as file:
         header = read_header(file, caller)
         kind, structure = header.get("kind"), header.get("structure")
         if not isinstance(kind, str) or structure is None:
             raise file.damaged("its metadata have no kind or no structure")
-        reader = EntryReader(file, place)
+        reader, at = EntryReader(file, place), None
         try:
-            value = _rebuild(reader, file, kind, structure)
+            if plan is not None:
+                shapes = EntryReader(file, shapes_only=True)
+                at = plan(_rebuild(shapes, file, kind, structure, None))
+                reader.padded = shapes.padded
+            value = _rebuild(reader, file, kind, structure, at)
         except RecursionError as error:
             raise file.damaged("its metadata are nested too deeply") from error
         unused = sorted(set(file.headers) - reader.used)
@@ -169,9 +178,14 @@ def read_contents(
     return Contents(kind, value, notes)
 
 
-def _rebuild(reader: EntryReader, file: TensorFile, kind: str, structure: Any) -> Any:
+def _rebuild(
+    reader: EntryReader, file: TensorFile, kind: str, structure: Any, at: Any
+) -> Any:
     if kind == TREE:
-        return reader.rebuild(structure, "")
+        return reader.rebuild(structure, "", at)
     if not isinstance(structure, dict):
         raise file.damaged(f"the structure of a {kind} must be a dict")
-    return {name: reader.rebuild(entry, name) for name, entry in structure.items()}
+    return {
+        name: reader.rebuild(entry, name, at and at[name])
+        for name, entry in structure.items()
+    }

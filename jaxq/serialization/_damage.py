@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -40,19 +41,20 @@ def dtype_of(name: Any) -> np.dtype | None:
     return _DTYPES.get(name) if isinstance(name, str) else None
 
 
-def damage_of(qt: QTensor, shape: tuple[int, ...]) -> str | None:
+def damage_of(qt: QTensor, shape: tuple[int, ...], *, values: bool) -> str | None:
     """The first contradiction in a QTensor from a file, or None if there is none.
 
     Args:
       qt: the QTensor, made from the file without any check.
       shape: the shape that the file states.
+      values: look at the codes too. If it is False, the leaves may be shapes.
     """
     return (
         _geometry_damage(qt, shape)
         or _presence_damage(qt)
         or _scale_damage(qt)
         or _leaf_damage(qt, shape)
-        or _value_damage(qt)
+        or (_value_damage(qt) if values else None)
     )
 
 
@@ -163,25 +165,51 @@ def _expected_leaves(
 
 
 def _value_damage(qt: QTensor) -> str | None:
-    """Codes or zero points outside the codes of the format."""
+    """Codes or zero points outside the codes of the format.
+
+    Each part that this process has is looked at on its own device.
+    """
     fmt = qt.spec.fmt
-    if qt.zero_point is not None:
-        zero_point = np.asarray(qt.zero_point)
-        if (zero_point < fmt.min).any() or (zero_point > fmt.max).any():
+    zero_points = [] if qt.zero_point is None else _local_parts(qt.zero_point)
+    for part in map(np.asarray, zero_points):
+        if (part < fmt.min).any() or (part > fmt.max).any():
             return f"its zero point has numbers that are not codes of {fmt.name}"
     valid = np.sort(fmt.codes())
-    if valid.size < 1 << fmt.bits or fmt.bits not in (1, 2, 3, 4, 8):
-        # Without the padding of blocks: a file says how large blocks are.
-        data = qt.data
-        if qt.meta.layout == "columns":
-            data = jnp.moveaxis(data, len(qt.batch_shape), -1)
-        patterns = formats.unpack(
-            data, fmt.bits, qt.meta.packing, unit=qt.meta.pack_unit
-        )
-        if fmt.code_dtype == np.int8:
-            patterns = formats.as_signed(patterns, fmt.bits)
-        codes = np.unique(np.asarray(patterns))
-        invalid = np.setdiff1d(codes, valid)
+    if valid.size == 1 << fmt.bits and fmt.bits in (1, 2, 3, 4, 8):
+        return None
+    for part in _parts_of_codes(qt):
+        invalid = np.setdiff1d(_codes_in(qt, part), valid)
         if invalid.size:
             return f"its data has codes that {fmt.name} does not have: {invalid[:4]}"
     return None
+
+
+def _codes_in(qt: QTensor, data: jax.Array) -> np.ndarray:
+    """The different codes in `data`, or in a part of it.
+
+    Codes of the padding of blocks are left out: a file says how large blocks are.
+    """
+    fmt = qt.spec.fmt
+    if qt.meta.layout == "columns":
+        data = jnp.moveaxis(data, len(qt.batch_shape), -1)
+    patterns = formats.unpack(data, fmt.bits, qt.meta.packing, unit=qt.meta.pack_unit)
+    if fmt.code_dtype == np.int8:
+        patterns = formats.as_signed(patterns, fmt.bits)
+    return np.unique(np.asarray(patterns))
+
+
+def _parts_of_codes(qt: QTensor) -> list[jax.Array]:
+    parts = _local_parts(qt.data)
+    bytes_of_pack = math.lcm(qt.spec.fmt.bits, 8) // 8
+    is_packed = qt.meta.packing is not formats.Packing.NONE
+    if is_packed and any(part.shape[-1] % bytes_of_pack for part in parts):
+        # A code lies in two bytes of different devices.
+        return [qt.data] if qt.data.is_fully_addressable else []
+    return parts
+
+
+def _local_parts(leaf: Any) -> list[jax.Array]:
+    """The different parts of an array on the devices of this process."""
+    if len(leaf.sharding.device_set) == 1:
+        return [leaf]
+    return list({str(s.index): s.data for s in leaf.addressable_shards}.values())

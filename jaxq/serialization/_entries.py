@@ -10,6 +10,8 @@ rebuilds the value. The field "is" of an entry says which kind of value it descr
   "dict"     "items": entries by key. Other pytree nodes are written as dicts too.
   "list"     "items": entries
   "tuple"    "items": entries
+  "box"      a linen box of metadata: "box" (the name of its class), "names" and "rules"
+             of axes, and "value" (the entry of an array or a QTensor)
   "qtensor"  "shape", the fields of its `Meta`, and "leaves": entries by name
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxq.files import RefusedFile, TensorFile
 from jaxq.qtensor import (
@@ -33,12 +36,15 @@ from jaxq.qtensor import (
     relayout,
     without_padding,
 )
+from jaxq.serialization._boxes import box_fields, boxed, name_of_value
 from jaxq.serialization._damage import NATIVE, damage_of, dtype_of
+from jaxq.sharding import array_from_parts, is_box, value_in_box
 
 # safetensors has no name for some dtypes of jax. So an array of another dtype than
 # `NATIVE`, such as bfloat16, is stored as unsigned integers of the same width, and its
 # entry names the dtype.
 _CARRIERS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct)
 
 
 class EntryWriter:
@@ -76,6 +82,13 @@ class EntryWriter:
                 self.describe(v, _child_path(path, str(i))) for i, v in enumerate(value)
             ]
             return {"is": type(value).__name__, "items": items}
+        if is_box(value):
+            fields = box_fields(value)
+            if fields is not None:
+                inner = value_in_box(value)
+                name = name_of_value(isinstance(inner, QTensor))
+                entry = self.describe(inner, _child_path(path, name))
+                return {"is": "box", **fields, "value": entry}
         parts = None if is_nnx_module(value) else _parts(value)
         if parts is not None:
             return self._describe_dict(parts, path)
@@ -154,17 +167,35 @@ class EntryReader:
       file: the open file.
       place: `place(path, value)` returns a value on the devices where it belongs, or
         None.
+      shapes_only: rebuild values with a `jax.ShapeDtypeStruct` in place of each array.
+        No tensor is read.
     """
 
     def __init__(
-        self, file: TensorFile, place: Callable[[str, Any], Any] | None = None
+        self,
+        file: TensorFile,
+        place: Callable[[str, Any], Any] | None = None,
+        *,
+        shapes_only: bool = False,
     ):
         self._file = file
         self._place = place
+        self._shapes_only = shapes_only
         self.used: set[str] = set()
+        # Paths of QTensors with codes for the padding of blocks. Only files of earlier
+        # versions have them.
+        self.padded: set[str] = set()
 
-    def rebuild(self, entry: Any, path: str) -> Any:
-        """The value from which `EntryWriter.describe` made `entry`."""
+    def rebuild(self, entry: Any, path: str, at: Any = None) -> Any:
+        """The value from which `EntryWriter.describe` made `entry`.
+
+        Args:
+          entry: the JSON entry.
+          path: of the value, for errors.
+          at: the value with a `jax.sharding.Sharding` in place of each array, of which
+            only the parts of this process are read. None in place of an array or a
+            tree reads whole arrays.
+        """
         kind = entry.get("is") if isinstance(entry, dict) else None
         rebuild = _REBUILDERS.get(kind) if isinstance(kind, str) else None
         if rebuild is None:
@@ -173,7 +204,7 @@ class EntryReader:
                 "version of jaxq does not know. Use a newer version"
             )
         try:
-            value = rebuild(self, entry, path)
+            value = rebuild(self, entry, path, at)
         except RefusedFile:
             raise
         # A damaged entry can miss any field, or hold a value of any type.
@@ -187,40 +218,56 @@ class EntryReader:
             ) from error
         return value if self._place is None else self._place(path, value)
 
-    def _rebuild_key(self, entry: dict[str, Any], path: str) -> jax.Array:
-        data = self.rebuild(entry["data"], path)
-        if not isinstance(data, jax.Array):
+    def _rebuild_key(self, entry: dict[str, Any], path: str, at: Any) -> Any:
+        data = self.rebuild(entry["data"], path, at)
+        if not isinstance(data, _ARRAYS):
             raise TypeError("the data of a key must be an array")
-        return jax.random.wrap_key_data(data, impl=entry["impl"])
 
-    def _rebuild_value(self, entry: dict[str, Any], path: str) -> Any:
+        def wrap(data: Any) -> jax.Array:
+            return jax.random.wrap_key_data(data, impl=entry["impl"])
+
+        return jax.eval_shape(wrap, data) if self._shapes_only else wrap(data)
+
+    def _rebuild_value(self, entry: dict[str, Any], path: str, at: Any) -> Any:
         value = entry["value"]
         if not (value is None or isinstance(value, bool | int | float | str)):
             raise TypeError(f"a value must be a number or a text, got {value!r:.80}")
         return value
 
-    def _rebuild_dict(self, entry: dict[str, Any], path: str) -> dict[str, Any]:
+    def _rebuild_dict(
+        self, entry: dict[str, Any], path: str, at: Any
+    ) -> dict[str, Any]:
         items = entry["items"]
         if not isinstance(items, dict):
             raise TypeError(f"the items of a dict must be a dict, got {items!r:.80}")
         return {
-            key: self.rebuild(item, _child_path(path, key))
+            key: self.rebuild(item, _child_path(path, key), at and at[key])
             for key, item in items.items()
         }
 
-    def _rebuild_list(self, entry: dict[str, Any], path: str) -> list[Any]:
+    def _rebuild_list(self, entry: dict[str, Any], path: str, at: Any) -> list[Any]:
         items = entry["items"]
         if not isinstance(items, list):
             raise TypeError(f"the items of a list must be a list, got {items!r:.80}")
         return [
-            self.rebuild(item, _child_path(path, str(i)))
+            self.rebuild(item, _child_path(path, str(i)), at and at[i])
             for i, item in enumerate(items)
         ]
 
-    def _rebuild_tuple(self, entry: dict[str, Any], path: str) -> tuple[Any, ...]:
-        return tuple(self._rebuild_list(entry, path))
+    def _rebuild_tuple(
+        self, entry: dict[str, Any], path: str, at: Any
+    ) -> tuple[Any, ...]:
+        return tuple(self._rebuild_list(entry, path, at))
 
-    def _rebuild_array(self, entry: dict[str, Any], path: str) -> Any:
+    def _rebuild_box(self, entry: dict[str, Any], path: str, at: Any) -> Any:
+        kind = entry["value"]["is"]
+        if kind not in ("array", "qtensor"):
+            raise TypeError(f"a box must hold an array, got a {kind!r:.80}")
+        name = name_of_value(kind == "qtensor")
+        value = self.rebuild(entry["value"], _child_path(path, name), value_in_box(at))
+        return boxed(value, entry)
+
+    def _rebuild_array(self, entry: dict[str, Any], path: str, at: Any) -> Any:
         name = entry["tensor"]
         if not isinstance(name, str) or name not in self._file.headers:
             raise self._file.damaged(
@@ -241,21 +288,31 @@ class EntryReader:
                 f"{name} is {dtype}, which jax turns into {jax_dtype}. Set "
                 "jax_enable_x64 to read it"
             )
-        stored = self._file.read(name)
-        if stored.dtype != dtype:
-            carrier = _CARRIERS.get(dtype.itemsize)
-            if dtype.name in NATIVE or stored.dtype != carrier:
-                raise self._file.damaged(
-                    f"{name} is stored as {stored.dtype} but should be {dtype}"
-                )
-            stored = stored.view(dtype)
-        if jax_dtype != dtype:
-            return stored  # jax would round 64 bits to 32
-        return self._on_device(name, stored)
+        if self._shapes_only:
+            return jax.ShapeDtypeStruct(self._file.headers[name].shape, dtype)
+        # jax would round 64 bits to 32. So such an array stays on the host.
+        if at is not None and jax_dtype == dtype:
+            return self._read_parts(name, dtype, at)
+        stored = self._in_dtype(name, self._file.read(name), dtype)
+        return stored if jax_dtype != dtype else self._on_device(name, stored)
 
-    def _on_device(self, name: str, stored: np.ndarray) -> jax.Array:
+    def _in_dtype(self, name: str, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """An array of the file in the dtype that its entry names."""
+        if stored.dtype == dtype:
+            return stored
+        carrier = _CARRIERS.get(dtype.itemsize)
+        if dtype.name in NATIVE or stored.dtype != carrier:
+            raise self._file.damaged(
+                f"{name} is stored as {stored.dtype} but should be {dtype}"
+            )
+        return stored.view(dtype)
+
+    def _on_device(self, name: str, stored: np.ndarray, device: Any = None) -> Any:
+        """An array of the file on a device. None is the default device."""
         try:
-            return jnp.asarray(stored)
+            if device is None:
+                return jnp.asarray(stored)
+            return jax.device_put(stored, device)
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):  # not the fault of the file
                 raise
@@ -263,7 +320,19 @@ class EntryReader:
                 f"{name} is {stored.dtype}, which this platform cannot hold: {error}"
             ) from error
 
-    def _rebuild_qtensor(self, entry: dict[str, Any], path: str) -> QTensor:
+    def _read_parts(self, name: str, dtype: np.dtype, at: Sharding) -> jax.Array:
+        """An array on several devices, of which only the parts are read."""
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            return self._in_dtype(name, self._file.read_part(name, index), dtype)
+
+        def put(part: np.ndarray, device: Any) -> jax.Array:
+            return self._on_device(name, part, device)
+
+        shape = self._file.headers[name].shape
+        return array_from_parts(shape, dtype, at, read, put)
+
+    def _rebuild_qtensor(self, entry: dict[str, Any], path: str, at: Any) -> QTensor:
         name = path or "the value"
         shape = entry["shape"]
         if not _is_shape(shape):
@@ -275,11 +344,14 @@ class EntryReader:
                 f"{name} is not described as a QTensor: {error}. A newer version of "
                 "jaxq may have written it"
             ) from error
+        # The shardings are those of codes without padding.
+        part_at = None if path in self.padded else at
         leaves: list[Any] = []
         for leaf_name in LEAVES:
-            leaf = entry["leaves"].get(leaf_name)
+            leaf, leaf_path = entry["leaves"].get(leaf_name), f"{path}.{leaf_name}"
+            leaf_at = getattr(part_at, leaf_name, None)
             leaves.append(
-                None if leaf is None else self.rebuild(leaf, f"{path}.{leaf_name}")
+                None if leaf is None else self.rebuild(leaf, leaf_path, leaf_at)
             )
             _check_leaf(leaf_name, leaves[-1])
         dtype = dtype_of(meta.dtype)
@@ -291,13 +363,19 @@ class EntryReader:
         qt = QTensor.tree_unflatten(meta, leaves)
         try:
             # Earlier versions stored the padding of blocks too.
-            qt = without_padding(qt)
-            damage = damage_of(qt, tuple(shape))
+            if self._shapes_only:
+                stored_shape = qt.data.shape
+                qt = jax.eval_shape(without_padding, qt)
+                if qt.data.shape != stored_shape:
+                    self.padded.add(path)
+            else:
+                qt = without_padding(qt)
+            damage = damage_of(qt, tuple(shape), values=not self._shapes_only)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             damage = f"its geometry contradicts itself: {error}"
         if damage:
             raise self._file.damaged(f"{name} is wrong: {damage}")
-        return qt
+        return qt if part_at is at else jax.tree.map(_put_whole, qt, at)
 
 
 _REBUILDERS = {
@@ -307,8 +385,17 @@ _REBUILDERS = {
     "dict": EntryReader._rebuild_dict,
     "list": EntryReader._rebuild_list,
     "tuple": EntryReader._rebuild_tuple,
+    "box": EntryReader._rebuild_box,
     "qtensor": EntryReader._rebuild_qtensor,
 }
+
+
+def _put_whole(leaf: jax.Array, at: Sharding | None) -> jax.Array:
+    """An array that this process has as a whole, on the devices of a sharding."""
+    if at is None:
+        return leaf
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, at, lambda index: values[index])
 
 
 def _is_shape(value: Any) -> bool:
@@ -319,7 +406,7 @@ def _is_shape(value: Any) -> bool:
 
 def _check_leaf(name: str, leaf: Any) -> None:
     """Raises TypeError unless a leaf of a QTensor has the type that it needs."""
-    is_array = isinstance(leaf, jax.Array)
+    is_array = isinstance(leaf, _ARRAYS)
     if name == "data":
         is_valid = is_array
     elif name == "scale":

@@ -22,9 +22,15 @@ QTensors.
 
 from jaxq.sharding._entries import WEIGHT_SHARDING as WEIGHT_SHARDING
 from jaxq.sharding._entries import WEIGHT_SHARDING_RULES as WEIGHT_SHARDING_RULES
+from jaxq.sharding._entries import is_box as is_box
+from jaxq.sharding._entries import value_in_box as value_in_box
 from jaxq.sharding._fit_to_shards import fit_to_shards
+from jaxq.sharding._parts import array_from_parts as array_from_parts
 from jaxq.sharding._place import place
 from jaxq.sharding._read_rules import read_rules
+from jaxq.sharding._shardings import Rules as Rules
+from jaxq.sharding._shardings import check_mesh as check_mesh
+from jaxq.sharding._shardings import shardings_of as shardings_of
 from jaxq.sharding._specs import specs
 
 # An import with `as` and the same name is for other rooms of jaxq, not for users.

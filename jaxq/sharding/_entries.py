@@ -205,10 +205,15 @@ def is_box(node: Any) -> bool:
 def _value_of(leaf: Any) -> Any:
     if is_nnx_variable(leaf):
         return leaf.get_value()
-    if not is_box(leaf):
-        return leaf
+    return value_in_box(leaf)
+
+
+def value_in_box(node: Any) -> Any:
+    """The value in a linen box; any other node itself."""
+    if not is_box(node):
+        return node
     # `unbox` of some boxes would shard the value.
-    return leaf.value if hasattr(leaf, "value") else leaf.unbox()
+    return node.value if hasattr(node, "value") else node.unbox()
 
 
 def _spec_of_metadata(leaf: Any) -> PartitionSpec | None:
@@ -220,6 +225,9 @@ def _spec_of_metadata(leaf: Any) -> PartitionSpec | None:
         if isinstance(axes, NamedSharding):
             return axes.spec
         return None if not axes else _after_rules(axes, rules)
+    if is_box(leaf):
+        # A QuantizedBox has the box of the float weight.
+        leaf = getattr(leaf, "box", leaf)
     if not hasattr(leaf, "get_partition_spec"):
         return None
     return _after_rules(leaf.get_partition_spec(), getattr(leaf, "rules", None))

@@ -13,8 +13,8 @@ def read_rules(tree: Any) -> dict[str, PartitionSpec]:
     """Returns the PartitionSpec of each array by its path.
 
     A quantized model has the paths of the float model. So the result is `rules` for
-    `specs` and `place` of the quantized model. It is needed for linen, because
-    `jaxq.nn.linen.quantize_model` removes the boxes of quantized weights.
+    `specs`, `place` and `jaxq.load` of a quantized model whose metadata are gone, for
+    example linen variables after `nn.unbox`.
 
     Args:
       tree: a float model, the variables of a linen module with their boxes, or any

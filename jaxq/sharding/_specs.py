@@ -13,6 +13,7 @@ from jaxq.sharding._checks import check_spec, cut_message, mesh_of, problems_of
 from jaxq.sharding._entries import (
     Entry,
     find_entries,
+    is_box,
     present_spec,
     single_entry,
     state_of,
@@ -47,7 +48,8 @@ def specs(
 
     Returns:
       The tree with a PartitionSpec in place of each array. A QTensor becomes a QTensor
-      of PartitionSpecs, an nnx model an `nnx.State`, and a linen box a PartitionSpec.
+      of PartitionSpecs, an nnx model an `nnx.State`, and a linen box of an array a
+      PartitionSpec. The box of a QTensor stays, so that the specs fit the tree.
 
     Raises:
       TypeError: a rule is not a pattern with a PartitionSpec; or the tree has a weight
@@ -101,4 +103,8 @@ def specs_of_entries(entries: list[Entry], mesh: Any, caller: str) -> list[Any]:
 
 def _in_leaf(entry: Entry, at: Any) -> Any:
     """The specs in the kind of leaf that the tree has."""
-    return entry.leaf.replace(at) if is_nnx_variable(entry.leaf) else at
+    if is_nnx_variable(entry.leaf):
+        return entry.leaf.replace(at)
+    # A spec is for a box and for its value. Specs of a QTensor need the same structure.
+    is_boxed_qtensor = is_box(entry.leaf) and isinstance(at, QTensor)
+    return entry.leaf.replace_boxed(at) if is_boxed_qtensor else at

@@ -4,6 +4,7 @@ The table is {preset} x {sharded axis} x {type of mesh axes} x {action}. The row
 run by default contain every pair of entries of two columns.
 """
 
+import functools
 import itertools
 
 import jax
@@ -28,7 +29,7 @@ SPECS = {
 }
 KINDS = (AxisType.Explicit, AxisType.Auto)
 PRESETS = tuple(jaxq.presets())
-ACTIONS = ("quantize", "place", "matmul", "gradient", "scan")
+ACTIONS = ("quantize", "place", "matmul", "gradient", "save and load", "scan")
 
 # Half of the rows of these weights would cut something: the packing HALVES arranges the
 # codes of a whole row together, in codes or in quantized scales, or flat blocks of
@@ -59,6 +60,7 @@ def test_the_default_rows_contain_every_pair():
         assert pairs == set(itertools.product(columns[a], columns[b]))
 
 
+@functools.cache
 def weight_for(where):
     shape = (2, K, N) if where == "batch" else (K, N)
     return normal_with_outliers(*shape)
@@ -66,6 +68,13 @@ def weight_for(where):
 
 def quantized(w, preset):
     return jaxq.quantize(w, preset, contracting=-2, batch=tuple(range(w.ndim - 2)))
+
+
+@functools.cache
+def on_one_device(preset, *, is_batch, is_stack=False):
+    """A quantized weight on one device, which several actions use."""
+    w = weight_for("batch" if is_batch else "row")
+    return quantized(jnp.stack([w, -2 * w]) if is_stack else w, preset)
 
 
 def product(x, qt):
@@ -94,11 +103,16 @@ def run(action, x, qt):
     return jax.jit(products_of_layers)(x, qt)
 
 
+def is_cut(preset, where):
+    """Whether a shard would cut a group, a byte or a scale."""
+    return preset in CUT_BY_ROWS and where in ("row", "both")
+
+
 def placed_on(qt, mesh, preset, where):
     """The QTensor on the mesh. A shard that would cut something must be an error."""
     num_batch = len(qt.batch_shape) - (where == "batch")
     spec = P(*[None] * num_batch, *SPECS[where])
-    if preset in CUT_BY_ROWS and where in ("row", "both"):
+    if is_cut(preset, where):
         with pytest.raises(ValueError, match=r"place: the shards would cut"):
             sharding.place(qt, mesh, spec)
         placed = sharding.place(qt, mesh, spec, fit_to_shards=True)
@@ -111,16 +125,37 @@ def placed_on(qt, mesh, preset, where):
     return placed
 
 
+def check_files(qt, placed, mesh, preset, where, folder):
+    """Saves a QTensor on the mesh, and loads it from disk straight onto the mesh."""
+    rules = SPECS[where]
+    jaxq.save(folder / "placed", placed)
+    loaded = jaxq.load(folder / "placed", mesh=mesh, rules=rules)
+
+    def compare(leaf, expected):
+        assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
+        np.testing.assert_array_equal(leaf, expected)
+
+    jax.tree.map(compare, loaded, placed)
+    jaxq.save(folder / "whole", qt)
+    if is_cut(preset, where):
+        with pytest.raises(ValueError, match=r"load: the shards would cut"):
+            jaxq.load(folder / "whole", mesh=mesh, rules=rules)
+    else:
+        # A file does not know the mesh.
+        whole = (folder / "whole").read_bytes()
+        assert (folder / "placed").read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("preset", "where", "kind", "action"), tables.thinned(TABLE, pairwise())
 )
-def test_sharded_weights(preset, where, kind, action):
+def test_sharded_weights(preset, where, kind, action, tmp_path):
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(kind, kind))
-    w = weight_for(where)
+    is_batch = where == "batch"
     if action == "quantize":
-        expected = quantized(w, preset)
+        expected = on_one_device(preset, is_batch=is_batch)
         with jax.set_mesh(mesh):
-            w = jax.device_put(w, NamedSharding(mesh, SPECS[where]))
+            w = jax.device_put(weight_for(where), NamedSharding(mesh, SPECS[where]))
             qt = quantized(w, preset)
         same_sums = where == "batch" or (where == "column" and preset != "ttq")
         if preset not in SCALES_ARE_MEANS or same_sums:
@@ -131,11 +166,14 @@ def test_sharded_weights(preset, where, kind, action):
             np.testing.assert_allclose(qt.codebook, expected.codebook, rtol=1e-6)
         assert jnp.mean(qt.codes() == expected.codes()) > 0.999
         return
-    if action == "scan" and where != "batch":
-        w = jnp.stack([w, -2 * w])
-    qt, x = quantized(w, preset), normal_with_outliers(4, K)
+    is_stack = action == "scan" and not is_batch
+    qt = on_one_device(preset, is_batch=is_batch, is_stack=is_stack)
+    x = normal_with_outliers(4, K)
     placed = placed_on(qt, mesh, preset, where)
     if action == "place":
+        return
+    if action == "save and load":
+        check_files(qt, placed, mesh, preset, where, tmp_path)
         return
     expected = run(action, x, qt)
     with jax.set_mesh(mesh):

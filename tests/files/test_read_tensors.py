@@ -206,6 +206,62 @@ def test_rows_are_checked_without_the_rest(path, monkeypatch):
                 file.read_rows("a", start, stop)
 
 
+@pytest.mark.parametrize("chunk", [8, 20, 48, 1 << 20])
+def test_parts_are_those_of_the_whole(path, monkeypatch, chunk):
+    monkeypatch.setattr(_checksums, "CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    tensors = {
+        "scalar": np.float32(3.0).reshape(()),
+        "vector": rng.integers(0, 255, 13).astype(np.uint8),
+        "matrix": rng.normal(size=(9, 7)).astype(np.float32),
+        "stack": rng.normal(size=(3, 4, 5, 6)).astype(np.float16),
+    }
+    write_tensors(path, tensors, {})
+    for verify in (True, False):
+        with files.TensorFile(path, "load", verify=verify) as file:
+            for name, tensor in tensors.items():
+                for _ in range(40):
+                    ends = [sorted(rng.integers(0, n + 1, 2)) for n in tensor.shape]
+                    keep = rng.random(tensor.ndim) < 0.4
+                    index = tuple(
+                        slice(None) if whole else slice(int(start), int(stop))
+                        for whole, (start, stop) in zip(keep, ends, strict=True)
+                    )
+                    found = file.read_part(name, index)
+                    np.testing.assert_array_equal(found, tensor[index])
+                    assert found.dtype == tensor.dtype
+
+
+def test_a_part_reads_and_checks_its_own_chunks_only(path, monkeypatch):
+    monkeypatch.setattr(_checksums, "CHUNK", 48)
+    rows = np.arange(120, dtype=np.float32).reshape(10, 12)  # a chunk for each row
+    write_tensors(path, {"a": rows}, {})
+    header, data = split(path)
+    damaged = bytearray(data)
+    damaged[5 * 48 + 3] ^= 1
+    join(path, header, bytes(damaged))
+    with files.TensorFile(path, "load") as file:
+        num_read = count_bytes(monkeypatch, file)
+        for part in (slice(0, 5), slice(6, 10)):
+            found = file.read_part("a", (part, slice(2, 4)))
+            np.testing.assert_array_equal(found, rows[part, 2:4])
+        assert sum(num_read) == 9 * 48
+        with pytest.raises(files.RefusedFile, match="bytes 240 to 287 of a"):
+            file.read_part("a", (slice(4, 6), slice(6, 8)))
+
+
+def count_bytes(monkeypatch, file):
+    """The sizes of all later reads of an open file."""
+    sizes, read_into = [], file._read_into
+
+    def counted(data, position):
+        sizes.append(data.size)
+        read_into(data, position)
+
+    monkeypatch.setattr(file, "_read_into", counted)
+    return sizes
+
+
 def test_a_crc_of_zlib_is_the_standard_one():
     # The check value of CRC-32, of the text "123456789".
     assert _checksums.zlib.crc32(b"123456789") == 0xCBF43926

@@ -306,11 +306,13 @@ def test_linen_variables_are_placed_by_their_boxes():
         assert type(placed) is type(variables["params"]["kernel"])
         assert placed.value.sharding.spec == P(None, "t")
         rules = sharding.read_rules(variables)
-    _, qvariables, _ = jaxq.nn.linen.quantize_model(
-        module, variables, "int8", example=x
-    )
-    quantized = sharding.place(qvariables, mesh, rules)["params"]["kernel"]
-    assert quantized.data.sharding.spec == P("t", None)
+        _, qvariables, _ = jaxq.nn.linen.quantize_model(
+            module, variables, "int8", example=x
+        )
+        quantized = sharding.place(qvariables, mesh)["params"]["kernel"]
+    assert quantized.value.data.sharding.spec == P("t", None)
+    unboxed = sharding.place(linen.unbox(qvariables), mesh, rules)["params"]["kernel"]
+    assert unboxed.data.sharding.spec == P("t", None)
     with pytest.raises(ValueError, match=r"flax.linen.logical_axis_rules"):
         sharding.specs(variables, mesh=mesh)
 

@@ -17,6 +17,7 @@ from flax import linen
 
 from jaxq.nn.layers._linen_kind import find_call, find_setup
 from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
+from jaxq.sharding import value_in_box
 
 # The collection of moving averages. The average of the parameter "kernel" has the name
 # `range_name("kernel")`.
@@ -60,7 +61,7 @@ def run_with_codes(
 
 def stored_qtensor(layer: linen.Module, name: str) -> QTensor | TrainedWeight | None:
     """A parameter of a layer if it is a QTensor or TrainedWeight, otherwise None."""
-    value = layer.get_variable("params", name)
+    value = value_in_box(layer.get_variable("params", name))
     if isinstance(value, TrainedWeight) and value.decay is not None:
         return _with_stored_range(layer, name, value)
     return value if isinstance(value, QUANTIZED) else None

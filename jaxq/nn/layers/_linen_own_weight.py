@@ -18,6 +18,8 @@ from jaxq.nn.layers._linen_stand_in import StandIn
 from jaxq.nn.layers._promotion import changed_by_promotion
 from jaxq.nn.layers._roles import Roles
 from jaxq.qtensor import QUANTIZED, QTensor, quantize
+from jaxq.sharding import value_in_box
+from jaxq.sharding.boxes import boxed_like
 
 
 def call_own_code(
@@ -84,12 +86,11 @@ def own_weight(
     path = "/".join((*layer.path, name))
     if not layer.has_variable("params", name):
 
-        def init_quantized(
-            rng: jax.Array, shape: tuple[int, ...], dtype: Any
-        ) -> QTensor:
+        def init_quantized(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
             # A lifted layer (nn.vmap) initializes its elements one by one, so a new
             # weight has no stack axes.
-            floats = linen.meta.unbox(init(rng, shape, dtype))
+            boxed = init(rng, shape, dtype)
+            floats = linen.meta.unbox(boxed)
             qt = quantize(
                 floats,
                 layer.weight,
@@ -97,10 +98,11 @@ def own_weight(
                 batch=tuple(range(roles.num_batch)),
                 name=path,
             )
-            return qt.with_activation(getattr(layer, "activation", None))
+            qt = qt.with_activation(getattr(layer, "activation", None))
+            return boxed_like(qt, boxed)
 
         return layer.param(name, init_quantized, roles.shape, dtype)
-    value = layer.get_variable("params", name)
+    value = value_in_box(layer.get_variable("params", name))
     _check_stored(layer, value, name, path, roles)
     return value
 

@@ -15,6 +15,7 @@ from flax import linen
 from jaxq.nn.layers._linen_interceptor import use_codes
 from jaxq.nn.layers._linen_tabulate import tabulate
 from jaxq.qtensor import QUANTIZED
+from jaxq.sharding import value_in_box
 
 
 class Quantized(linen.Module):
@@ -226,4 +227,4 @@ def _is_array(params: Any, path: list[str]) -> bool:
         if name not in params:
             return False
         params = params[name]
-    return not isinstance(params, QUANTIZED)
+    return not isinstance(value_in_box(params), QUANTIZED)

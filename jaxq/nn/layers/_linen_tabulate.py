@@ -14,6 +14,7 @@ from flax.core.scope import DenyList
 from jaxq.nn.layers._linen_interceptor import use_codes
 from jaxq.nn.layers._linen_trace import params_of, with_params
 from jaxq.qtensor import LEAVES, QTensor
+from jaxq.sharding import value_in_box
 
 
 def tabulate(module: linen.Module, variables: Any, *args: Any, **kwargs: Any) -> str:
@@ -34,7 +35,10 @@ def tabulate(module: linen.Module, variables: Any, *args: Any, **kwargs: Any) ->
     ) -> Any:
         with linen.intercept_methods(use_codes):
             module.apply(variables, *inputs, mutable=mutable, **named_inputs)
-        params = {key: _parts(value) for key, value in params_of(variables).items()}
+        params = {
+            key: _parts(value_in_box(value))
+            for key, value in params_of(variables).items()
+        }
         return with_params(variables, params)
 
     # Flax reads `init` and the name of the class, which is the title of the table.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ from jaxq.nn.transform._traced_weights import refuse_data
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe, Rule, as_recipe
+from jaxq.sharding.boxes import boxed_like
 
 # The names that lead to a parameter.
 _Key = tuple[str, ...]
@@ -83,8 +85,8 @@ def quantize_model(
     Args:
       module: a linen module.
       variables: float variables as `module.apply` takes them, a dict or a FrozenDict.
-        Boxes of metadata (`nn.Partitioned`) are removed from quantized weights. These
-        boxes describe axes that codes do not have.
+        A quantized weight in a box of metadata (`nn.Partitioned`) gets a
+        `QuantizedBox`, which gives codes and scales the mesh axes of the float weight.
       recipe: a name, a `QuantSpec` for every weight, or a `jaxq.Recipe`, as in
         `jaxq.quantize_model`.
       example: an input of the module or its `jax.ShapeDtypeStruct`: an array, a tuple
@@ -238,6 +240,8 @@ class LinenAdapter:
         self._params = params_of(variables)
         self._slots: list[Slot] = []
         self._quantized: list[_Key] = []
+        # The boxes of weights in training, which lose them.
+        self._unboxed: dict[_Key, Any] = {}
         # Rules that skip parameters outside of slots. The report gives their reasons.
         self._skipped: dict[_Key, Rule] = {}
         self._unreached: list[str] = []
@@ -314,7 +318,14 @@ class LinenAdapter:
         self._params[key] = linen.meta.replace_boxed(self._params[key], bias)
 
     def put_weight(self, slot: Slot, weight: QTensor | TrainedWeight) -> None:
-        self._params[slot.place] = weight
+        old = self._params[slot.place]
+        if isinstance(weight, QTensor):
+            self._params[slot.place] = boxed_like(weight, old)
+        else:
+            # The leaves of a weight in training have no mesh axes.
+            self._params[slot.place] = weight
+            if isinstance(old, linen.meta.AxisMetadata):
+                self._unboxed[slot.place] = old
         self._quantized.append(slot.place)
 
     def finish(self) -> tuple[Quantized, Any]:
@@ -344,6 +355,8 @@ class LinenAdapter:
                 kind = kinds.get(key, self._class_name(key[:-1]))
                 value = linen.meta.unbox(boxed)
                 row = float_row("/".join(key), kind, value, self._why_float(key, value))
+            if key in self._unboxed:
+                row = _with_box_note(row, self._unboxed[key])
             out.append(row)
         for collection, tree in self._variables.items():
             if collection != "params":
@@ -370,7 +383,6 @@ class LinenAdapter:
             batch=tuple(range(num_stacked + layer.roles.num_batch)),
             roles=layer.roles,
             problem=layer.problem or "",
-            notes=(_box_note(boxed),),
         )
 
     def _bare_arrays(self) -> tuple[list[Slot], list[Rule], list[str]]:
@@ -533,9 +545,7 @@ def _is_float(value: Any) -> bool:
     return not isinstance(value, QTensor) and jnp.issubdtype(dtype, jnp.floating)
 
 
-def _box_note(boxed: Any) -> str:
-    """A note for the report if a weight was in a box of metadata; otherwise empty."""
-    if not isinstance(boxed, linen.meta.AxisMetadata):
-        return ""
-    names = getattr(boxed, "names", "")
-    return f"its box {type(boxed).__name__}{names} is removed"
+def _with_box_note(row: Row, box: Any) -> Row:
+    """A row of the report that says that the weight lost its box of metadata."""
+    note = f"its box {type(box).__name__}{getattr(box, 'names', '')} is removed"
+    return dataclasses.replace(row, note="; ".join(filter(None, (row.note, note))))

@@ -59,6 +59,7 @@ from jaxq.qtensor import (
     is_quantized,
 )
 from jaxq.recipes import Recipe, Rule, as_recipe
+from jaxq.sharding.boxes import with_quantized_boxes
 
 
 def quantize_params(
@@ -369,7 +370,7 @@ class TreeAdapter:
 
     def finish(self) -> Any:
         values = [leaf.value for leaf in self._leaves]
-        return jax.tree.unflatten(self._structure, values)
+        return with_quantized_boxes(jax.tree.unflatten(self._structure, values))
 
     def runs(self, options: Options) -> tuple[Run, Run]:
         assert options.forward is not None

@@ -551,8 +551,13 @@ def test_explicit_layers_refuse_floats_and_other_shapes():
 
 def test_explicit_layers_accept_boxed_initializers():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    variables = QDense(8, kernel_init=init).init(jax.random.key(0), jnp.ones((2, 64)))
-    assert isinstance(variables["params"]["kernel"], QTensor)
+    layer, x = QDense(8, kernel_init=init), jnp.ones((2, 64))
+    variables = layer.init(jax.random.key(0), x)
+    kernel = variables["params"]["kernel"]
+    assert kernel.box.names == (None, "model")
+    assert isinstance(kernel.value, QTensor)
+    y = layer.apply(nn.unbox(variables), x)
+    np.testing.assert_array_equal(layer.apply(variables, x), y)
 
 
 def test_out_of_range_tokens_are_nan_as_in_flax():
