@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxq.qtensor import QTensor, QuantSpec, check_floats, is_qtensor, leaf_specs
+from jaxq.qtensor import QTensor, QuantSpec, is_qtensor, leaf_specs
 from jaxq.sharding._pieces import from_piece, in_pieces
 from jaxq.sharding._wire import (
     AxisName,
@@ -17,6 +17,7 @@ from jaxq.sharding._wire import (
     device_key,
     encode,
     exchange_and_sum,
+    float_array,
     is_type_checked,
     move,
     move_leaf,
@@ -77,9 +78,10 @@ def all_gather(
 
     Raises:
       TypeError: an array is not float32, bfloat16 or float16.
-      ValueError: `axis_name` is not mapped; `axis` does not exist; a float array has no
-        `spec`; a QTensor is not a part along `axis`; a name is unknown; a `QuantSpec`
-        has no groups; or `key` is missing or not needed.
+      ValueError: `axis_name` is not mapped; an array is sharded over a mesh axis that
+        is not mapped; `axis` does not exist; a float array has no `spec`; a QTensor is
+        not a part along `axis`; a name is unknown; a `QuantSpec` has no groups; or
+        `key` is missing or not needed.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -98,38 +100,33 @@ def all_gather(
       Wang et al., "ZeRO++: Extremely Efficient Collective Communication for Giant Model
       Training", 2023, section 3.1.
     """
-    count = num_devices(axis_name, _CALLER)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_qtensor)
-    resolved = None if spec is None else wire_spec(spec, _CALLER)
-    backward = gradient_spec
-    if backward is not None:
-        backward = wire_spec(backward, _CALLER, "gradient_spec")
-    used = [entry for entry in (resolved, backward) if entry is not None]
+    used = [
+        wire_spec(entry, _CALLER, argument)
+        for argument, entry in (("spec", spec), ("gradient_spec", gradient_spec))
+        if entry is not None
+    ]
     key = device_key(key, axis_name, used, _CALLER)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_qtensor)
     gathered = []
     for number, (keys, leaf) in enumerate(leaves):
         path = jax.tree_util.keystr(keys, simple=True, separator="/") or "x"
         if isinstance(leaf, QTensor):
             gathered.append(_gather_qtensor(leaf, axis_name, axis, tiled, path))
             continue
-        check_floats(leaf.dtype, leaf.shape, path, _CALLER)
-        if resolved is None:
+        array = float_array(leaf, path, axis_name, _CALLER)
+        if spec is None:
             raise ValueError(
-                f"{_CALLER}: {path} is an array of {leaf.dtype}, and spec is None. "
+                f"{_CALLER}: {path} is an array of {array.dtype}, and spec is None. "
                 "Pass a preset name, for example 'int8', or use jax.lax.all_gather."
             )
-        position = position_of_axis(
-            axis, leaf.ndim + (not tiled), _CALLER, "axis", path
-        )
-        leaf = as_varying(jnp.asarray(leaf), axis_name)
-        if count == 1 or leaf.size == 0:
-            gathered.append(
-                jax.lax.all_gather(leaf, axis_name, axis=position, tiled=tiled)
-            )
-            continue
+        ndim = array.ndim if tiled else array.ndim + 1
+        position = position_of_axis(axis, ndim, _CALLER, "axis", path)
+        array = as_varying(array, axis_name)
         leaf_key = None if key is None else jax.random.fold_in(key, number)
-        gather = _straight_through(axis_name, resolved, position, tiled, backward)
-        gathered.append(gather(leaf, leaf_key))
+        gather = _straight_through(
+            axis_name, used[0], position, tiled, used[1] if gradient_spec else None
+        )
+        gathered.append(gather(array, leaf_key))
     return jax.tree.unflatten(treedef, gathered)
 
 
@@ -151,7 +148,7 @@ def _straight_through(
         return gather(x, key), key
 
     def backward(key: Array | None, gradient: Array) -> tuple[Array, None]:
-        if gradient_spec is None:
+        if gradient_spec is None or count == 1 or gradient.size == 0:
             summed = jax.lax.psum_scatter(
                 gradient, axis_name, scatter_dimension=axis, tiled=tiled
             )
@@ -174,6 +171,8 @@ def _gather_floats(
     key: Array | None,
 ) -> Array:
     """Every device's array, after quantization."""
+    if num_devices(axis_name, _CALLER) == 1 or x.size == 0:
+        return jax.lax.all_gather(x, axis_name, axis=axis, tiled=tiled)
     row = encode(x.reshape(-1), spec, key)
     rows = move(row, lambda leaf: jax.lax.all_gather(leaf, axis_name))
     parts = decode(rows).astype(x.dtype).reshape(-1, *x.shape)  # [num_devices, ...]
@@ -201,7 +200,7 @@ def _gather_qtensor(
         return qt
     _check_is_part(qt, axis_name, position, path)
     # The rule for shards says along which axis each leaf is joined.
-    entries = [None] * qt.ndim
+    entries: list[Any] = [None] * qt.ndim
     entries[position] = "joined"
     at = leaf_specs(qt, entries)
 

@@ -1,4 +1,4 @@
-"""mean_gradients and init_error: data-parallel steps whose gradients travel as codes."""
+"""mean_gradients and init_error: data-parallel steps that send gradients as codes."""
 
 from __future__ import annotations
 

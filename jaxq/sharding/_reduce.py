@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxq.qtensor import QuantSpec, check_floats
+from jaxq.qtensor import QuantSpec
 from jaxq.sharding._pieces import (
     from_padded_pieces,
     from_piece,
@@ -44,6 +44,7 @@ from jaxq.sharding._wire import (
     device_key,
     encode,
     exchange_and_sum,
+    float_array,
     is_type_checked,
     move,
     num_devices,
@@ -95,9 +96,10 @@ def reduce_scatter(
       TypeError: an array is not float32, bfloat16 or float16, or the call is under
         `jax.grad`.
       ValueError: `axis_name` is not mapped; the axis does not exist or cannot be split;
-        an array is the same on all devices, because jax has already summed it; the
-        preset is unknown; a `QuantSpec` has no groups; `error` has another structure or
-        shape; or `key` is missing or not needed.
+        an array is the same on all devices, because jax has already summed it; an array
+        is sharded over a mesh axis that is not mapped; the preset is unknown; a
+        `QuantSpec` has no groups; `error` has another structure or shape; or `key` is
+        missing or not needed.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -304,9 +306,9 @@ def _all_reduce_leaf(
     sent = encode(total, spec, key, step=1)
     rounded = decode(sent).astype(dtype).astype(jnp.float32)
     residual = _add_to_own_piece(residual, (total - rounded) * divisor, axis_name)
-    received = move(
-        sent, lambda leaf: jax.lax.all_gather(leaf, axis_name, to="invarying")
-    )
+    # The result is the same on all devices, and its type says so.
+    kind = "invarying" if is_type_checked(axis_name) else "varying"
+    received = move(sent, lambda leaf: jax.lax.all_gather(leaf, axis_name, to=kind))
     result = from_padded_pieces(decode(received), x.shape).astype(dtype)
     return result, from_padded_pieces(residual, x.shape)
 
@@ -329,10 +331,10 @@ def _checked(leaf: Any, path: str, axis_name: AxisName, caller: str) -> Array:
 
     Raises:
       TypeError: it is not a float array.
-      ValueError: it is the same on all devices.
+      ValueError: it is the same on all devices, or sharded over an axis that is not
+        mapped.
     """
-    array = jnp.asarray(leaf)
-    check_floats(array.dtype, array.shape, path, caller)
+    array = float_array(leaf, path, axis_name, caller)
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if is_type_checked(axis_name) and not varying_axes(array) & set(names):
         raise ValueError(

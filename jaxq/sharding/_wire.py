@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxq.meshes import explicit_spec
 from jaxq.qtensor import (
     PerGroup,
     QTensor,
     QuantSpec,
     as_spec,
+    check_floats,
     check_key,
     dequantize,
     quantize,
@@ -66,6 +68,7 @@ def device_key(
     Raises:
       ValueError: a spec needs a key and `key` is None, or no spec needs it.
     """
+    num_devices(axis_name, caller)  # raises if the axis is not mapped
     levels = tuple(level for spec in specs for level in spec.levels)
     check_key(levels, key, caller)
     if key is None:
@@ -169,9 +172,11 @@ def varying_axes(x: Array) -> frozenset[Any]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def as_varying(x: Array, axes: Any) -> Array:
-    """The array with a type that may differ between devices along the axes."""
-    names = axes if isinstance(axes, tuple | frozenset) else (axes,)
+def as_varying(x: Array, axis_name: AxisName) -> Array:
+    """The array with a type that may differ between devices along the mapped axes."""
+    if not is_type_checked(axis_name):
+        return x
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     missing = tuple(name for name in names if name not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -179,3 +184,22 @@ def as_varying(x: Array, axes: Any) -> Array:
 def is_type_checked(axis_name: AxisName) -> bool:
     """Whether types tell which arrays differ between devices (`check_vma=True`)."""
     return bool(varying_axes(jax.lax.axis_index(axis_name)))
+
+
+def float_array(leaf: Any, path: str, axis_name: AxisName, caller: str) -> Array:
+    """The leaf of a tree as an array that can be flattened on each device.
+
+    Raises:
+      TypeError: it is not a float32, bfloat16 or float16 array.
+      ValueError: it is sharded over a mesh axis that is not mapped.
+    """
+    array = jnp.asarray(leaf)
+    check_floats(array.dtype, array.shape, path, caller)
+    entries = [entry for entry in explicit_spec(array) if entry is not None]
+    if entries:
+        raise ValueError(
+            f"{caller}: {path} is sharded over the mesh axes {entries}, which are not "
+            f"mapped. Only {axis_name!r} is. Leave out axis_names= of jax.shard_map, "
+            "or add these axes, so that the function gets the part of each device."
+        )
+    return array
