@@ -23,6 +23,7 @@ from jaxq.qtensor._inputs import (
     FLOATS,
     ON_NONFINITE,
     check_floats,
+    check_key,
     is_traced,
     raise_if_not_finite,
 )
@@ -60,9 +61,9 @@ from jaxq.qtensor._trained_weight import (
 # What users need. The other rooms of the package also import the names that are not
 # listed: FLOATS, LEAVES, ON_NONFINITE, QUANTIZED, RANGE_GRADIENTS, TRAINED_LEAVES,
 # ErrorContext, Meta, RangeGradient, ScaleRule, as_activation_spec, as_spec, as_static,
-# axes_of_array, check_floats, check_leaves, decode_blocks, describe, divisible,
-# find_cuts, inside_range, is_nnx_module, is_nnx_state, is_nnx_variable, is_qtensor,
-# is_quantized, is_traced, leaf_dtypes, leaf_specs, mesh_axes, num_shards,
+# axes_of_array, check_floats, check_key, check_leaves, decode_blocks, describe,
+# divisible, find_cuts, inside_range, is_nnx_module, is_nnx_state, is_nnx_variable,
+# is_qtensor, is_quantized, is_traced, leaf_dtypes, leaf_specs, mesh_axes, num_shards,
 # quantize_array, raise_if_not_finite, range_options, register_matmul, resolve,
 # row_codes, row_quotients, row_scale, shard_like, sharded_storage, storage_axes,
 # with_margin, without_gradient and without_padding.
