@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxq.io._into_tree import leaves_by_name, value_in
+from jaxq.processes import put
 from jaxq.qtensor import (
     LEAVES,
     QTensor,
@@ -80,7 +81,7 @@ def _put_like(value: Any, target: Any) -> Any:
     if isinstance(value, QTensor) and isinstance(sharding, NamedSharding):
         floats = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
         return shard_like(value, floats)
-    return jax.device_put(value, sharding)
+    return put(value, sharding)
 
 
 def _put_qtensor_like(value: QTensor, target: QTensor) -> QTensor:
@@ -106,7 +107,7 @@ def _put_leaf_like(leaf: Any, target: Any) -> Any:
         # Codes in another packing have another size, which may not divide evenly.
         spec = fitting_spec(sharding.mesh, sharding.spec, leaf.shape)
         sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-    return jax.device_put(leaf, sharding)
+    return put(leaf, sharding)
 
 
 def _chosen_sharding(target: Any) -> Any:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq import formats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import Geometry, QTensor, QuantSpec, leaf_dtypes
 
 # An array in large groups has at most so many numbers of padding for each of its own.
@@ -166,7 +167,7 @@ def _value_damage(qt: QTensor) -> str | None:
     """Codes or zero points outside the codes of the format."""
     fmt = qt.spec.fmt
     if qt.zero_point is not None:
-        zero_point = np.asarray(qt.zero_point)
+        zero_point = to_numpy(qt.zero_point)
         if (zero_point < fmt.min).any() or (zero_point > fmt.max).any():
             return f"its zero point has numbers that are not codes of {fmt.name}"
     valid = np.sort(fmt.codes())
@@ -180,7 +181,7 @@ def _value_damage(qt: QTensor) -> str | None:
         )
         if fmt.code_dtype == np.int8:
             patterns = formats.as_signed(patterns, fmt.bits)
-        codes = np.unique(np.asarray(patterns))
+        codes = np.unique(to_numpy(patterns))
         invalid = np.setdiff1d(codes, valid)
         if invalid.size:
             return f"its data has codes that {fmt.name} does not have: {invalid[:4]}"
