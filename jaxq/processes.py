@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -43,7 +44,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
 def has_remote_parts(x: Any) -> bool:
     """True if other processes hold parts of an array that this process does not."""
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return False
     return not x.is_fully_addressable and not x.is_fully_replicated
 
@@ -109,7 +110,7 @@ def _check_same(numbers: np.ndarray, sharding: Sharding) -> None:
     owners = {device.process_index for device in sharding.device_set}
     if len(owners) < jax.process_count():
         return  # the other processes do not make this call
-    data = np.ascontiguousarray(numbers).view(np.uint8)
+    data = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
     checksum = np.uint32(zlib.crc32(data))
     checksums = multihost_utils.process_allgather(checksum)
     if (checksums != checksum).any():
