@@ -105,7 +105,7 @@ def one_device():
 def calibrated_on_one_device():
     """The second moments of inputs, the static model, its output and its report."""
     model = worker.Net(nnx.Rngs(0))
-    stats = jaxq.nn.calibrate(model, worker.batches(), observer="absmax")
+    stats = jaxq.nn.calibrate(model, worker.batches(), observer=jaxq.observers.absmax())
     qmodel, report = jaxq.quantize_model(model, worker.STATIC, calibration=stats)
     y = nnx.jit(worker.Net.__call__)(qmodel, worker.batches()[0])
     return {path: stats[path].hessian for path in sorted(stats)}, qmodel, y, report

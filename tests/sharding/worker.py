@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxq
-from tests.sharding.launch import end_with_parent
+from tests.sharding.launch import LIMIT, end_with_parent
 
 RULES = {"up/kernel": P(None, "t"), "down/kernel": P("t", None), "**": P()}
 TREE_RULES = {"w": P("d", "t"), "experts": P("d", None, "t"), "b": P()}
@@ -180,7 +180,7 @@ def calibrate(worker: Worker) -> None:
     """Statistics of batches of which each process holds a part, and what needs them."""
     model = jaxq.sharding.place(Net(nnx.Rngs(0)), worker.mesh, RULES)
     data = [sharded(batch, worker.mesh, "d") for batch in batches()]
-    stats = jaxq.nn.calibrate(model, data, observer="absmax")
+    stats = jaxq.nn.calibrate(model, data, observer=jaxq.observers.absmax())
     worker.keep("moments", {path: stats[path].hessian for path in sorted(stats)})
     qmodel, report = jaxq.quantize_model(model, STATIC, calibration=stats)
     worker.keep("static", nnx.state(qmodel))
@@ -275,7 +275,7 @@ def lose_the_writer(worker: Worker) -> None:
 
 
 def lose_a_process_in_a_checkpoint(worker: Worker) -> None:
-    """A process is killed while the other one saves the second checkpoint."""
+    """A process is killed before the second checkpoint gets its name."""
     import orbax.checkpoint as ocp
 
     qt = jaxq.quantize(sharded(tree()["w"], worker.mesh, "d", "t"), "int8")
@@ -285,13 +285,16 @@ def lose_a_process_in_a_checkpoint(worker: Worker) -> None:
     manager.wait_until_finished()
     print("READY", flush=True)
     if worker.index == 0:
-        manager.save(2, args=ocp.args.StandardSave({"w": qt}))
-        manager.wait_until_finished()
-        print("SAVED", flush=True)
-        return
-    while not any("2" in path.name for path in folder.iterdir()):
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
+        # Process 0 names a finished checkpoint. It waits here for the death of the
+        # other process.
+        os.rename = os.replace = lambda *_, **__: time.sleep(LIMIT)
+    manager.save(2, args=ocp.args.StandardSave({"w": qt}))
+    if worker.index > 0:
+        while not any(path.name.startswith("2") for path in folder.iterdir()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    manager.wait_until_finished()
+    print("SAVED", flush=True)
 
 
 TASKS = {
