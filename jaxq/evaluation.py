@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxq.processes import to_numpy
+
 __all__ = ["Comparison", "compare", "perplexity"]
 
 # The exponential of a larger float64 number overflows.
@@ -80,7 +82,7 @@ def perplexity(
     for batch in _batches("perplexity", tokens, batch_size, context):
         logits = _checked_logits("perplexity", logits_of, batch)
         losses = _negative_log_likelihood(logits, batch)  # [b, context - 1]
-        total += np.asarray(losses, np.float64).sum()
+        total += to_numpy(losses).astype(np.float64).sum()
         count += batch.shape[0] * (context - 1)
     return _exp(total / count)
 
@@ -128,7 +130,7 @@ def compare(
                 f"model {list(logits.shape)}. Both must have the same vocabulary."
             )
         parts = _distances(expected, logits, batch)
-        totals += [np.asarray(part, np.float64).sum() for part in parts]
+        totals += [to_numpy(part).astype(np.float64).sum() for part in parts]
         count += batch.shape[0] * (context - 1)
     loss, reference_loss, kl, agreement = totals / count
     return Comparison(_exp(loss), _exp(reference_loss), float(kl), float(agreement))
@@ -150,7 +152,7 @@ def _batches(
     caller: str, tokens: Any, batch_size: int, context: int
 ) -> Iterator[jax.Array]:
     """Checks the tokens and yields their windows: int32[<= batch_size, context]."""
-    array = np.asarray(tokens)
+    array = to_numpy(tokens)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
             f"{caller}: tokens is {array.dtype}{list(array.shape)}; expected a "

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxq.io._into_tree import leaves_by_name, value_in
+from jaxq.processes import put
 from jaxq.qtensor import (
     LEAVES,
     QTensor,
@@ -168,7 +169,7 @@ def _in_layout_of(value: QTensor, target: QTensor) -> QTensor:
     shardings = _shardings_of_target(value, target)
     assert shardings is not None
     return jax.tree.map(
-        lambda leaf, at: leaf if at is None else jax.device_put(leaf, at),
+        lambda leaf, at: leaf if at is None else put(leaf, at),
         value,
         shardings,
     )

@@ -23,6 +23,10 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     model is saved, also an array that is not in a Variable. Nothing else of a model is
     saved. To get a model back, give `load` a model of the same class.
 
+    If other processes of `jax.distributed` hold parts of an array, all of them must
+    make this call. The first one gathers the arrays in its memory and writes the file,
+    and the others wait. Every process raises an error if it cannot write.
+
     Args:
       path: the file to write. Its folder must exist. If the path is a symbolic link,
         the link is replaced, and the file that it pointed to is unchanged.

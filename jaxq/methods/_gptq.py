@@ -49,6 +49,7 @@ from jaxq.methods._method_options import (
 from jaxq.methods._notes import few_tokens, join_notes
 from jaxq.methods._rtn import round_to_nearest
 from jaxq.observers import LayerStats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import (
     Geometry,
     Meta,
@@ -704,7 +705,7 @@ def _solve_gptq(
 
 def _damping_note(info: GPTQInfo, damp: float) -> str:
     """A remark if `damp` was not enough for the hessian; empty if it was."""
-    fell_back = np.asarray(info.fell_back)
+    fell_back = to_numpy(info.fell_back)
     if fell_back.all():
         return "its hessian is not positive definite, so rtn is used"
     if fell_back.any():

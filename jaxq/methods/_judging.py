@@ -17,6 +17,7 @@ from jaxq import ops
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._notes import join_notes
 from jaxq.observers import LayerStats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import QTensor, dequantize
 
 FALLBACKS = ("rtn", "none", "raise")
@@ -70,8 +71,8 @@ def judge(
         # The method quantizes inputs, so rounding is judged with quantized inputs too.
         # Rounding treats all columns of the input alike and keeps none in floats.
         nearest = nearest.with_activation(qt.meta.activation)
-    method_error = np.asarray(output_error(w, qt, held_out))  # [...]
-    nearest_error = np.asarray(output_error(w, nearest, held_out))  # [...]
+    method_error = to_numpy(output_error(w, qt, held_out))  # [...]
+    nearest_error = to_numpy(output_error(w, nearest, held_out))  # [...]
     if not np.all(np.isfinite(method_error + nearest_error)):
         raise ValueError(
             f"{name}: the error of its output on held-out inputs is not finite "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxq.observers import LayerStats
+from jaxq.processes import to_numpy
 
 
 def join_notes(*notes: str) -> str:
@@ -17,14 +18,14 @@ def few_tokens(stats: LayerStats, num_inputs: int) -> str:
     count = int(np.min(stats.count))
     num_matrices = np.size(stats.count)
     if count == 0 and num_matrices > 1:
-        num_unreached = np.sum(np.asarray(stats.count) == 0)
+        num_unreached = np.sum(to_numpy(stats.count) == 0)
         return f"{num_unreached} of {num_matrices} matrices never reached"
     return f"only {count} rows for {num_inputs} inputs" if count < num_inputs else ""
 
 
 def few_samples(stats: LayerStats, num_inputs: int) -> str:
     """A remark on a layer with fewer sample rows than inputs; empty if enough."""
-    num_unreached = np.sum(np.asarray(stats.count) == 0)
+    num_unreached = np.sum(to_numpy(stats.count) == 0)
     if 0 < num_unreached < np.size(stats.count):
         return few_tokens(stats, num_inputs)
     count = int(np.min(stats.num_samples))

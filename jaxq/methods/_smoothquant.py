@@ -20,6 +20,7 @@ from jaxq.methods._folding import as_weights
 from jaxq.methods._method import Folding, Method
 from jaxq.methods._method_options import SHARE, check_values, why_not_stochastic
 from jaxq.observers import LayerStats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import QuantSpec
 
 # The least magnitude of a channel, and the least scale, that the formula uses.
@@ -104,7 +105,7 @@ def smoothquant(
         meaning="one magnitude for each input",
         w=matrices[0],
     )
-    if not isinstance(x, Tracer) and bool((np.asarray(x) < 0).any()):
+    if not isinstance(x, Tracer) and bool((to_numpy(x) < 0).any()):
         raise ValueError(
             "smoothquant: absmax_x must hold magnitudes, which are not negative. Its "
             f"smallest number is {float(x.min())}."

@@ -20,6 +20,7 @@ from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration import Batch, as_batches, eval_copy, run_model
 from jaxq.nn.layers import weight_axes
 from jaxq.nn.transform import find_layers
+from jaxq.processes import to_numpy
 from jaxq.progress import with_progress
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, is_linen_module, quantize
 from jaxq.recipes import Recipe, as_recipe
@@ -304,7 +305,7 @@ def _counts(
     """Which rows count: bool, with the shape of the logits without the last axis."""
     if mask is None:
         return None
-    counts = np.asarray(mask(batch)).astype(bool)
+    counts = to_numpy(mask(batch)).astype(bool)
     rows = logits.shape[:-1]
     if counts.shape != rows[: counts.ndim] or not counts.any():
         raise ValueError(

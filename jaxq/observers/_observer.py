@@ -34,6 +34,7 @@ from jaxq.formats import Format
 from jaxq.meshes import call_on_auto_axes
 from jaxq.observers import _numbers
 from jaxq.observers._numbers import Count
+from jaxq.processes import to_numpy
 
 ON_NONFINITE = ("raise", "ignore")
 
@@ -426,7 +427,7 @@ class Observer(abc.ABC):
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(totals)):
             return
         finite, nan, infinite = (
-            np.asarray(count.low) + np.asarray(count.high).astype(np.float64) * 2.0**32
+            to_numpy(count.low) + to_numpy(count.high).astype(np.float64) * 2.0**32
             for count in totals
         )
         if on_nonfinite == "raise" and (nan.any() or infinite.any()):

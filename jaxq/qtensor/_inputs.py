@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxq import formats
+from jaxq.processes import has_remote_parts, to_numpy
 from jaxq.qtensor._geometry import ErrorContext, Geometry, describe, resolve
 from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
@@ -144,12 +145,16 @@ def raise_if_not_finite(
     """
     # `x` is concrete, but a function around this call may be traced.
     with jax.ensure_compile_time_eval():
-        finite = np.asarray(jnp.isfinite(x))
+        finite = jnp.isfinite(x)
+        # An array of several processes is gathered only for the error.
+        if has_remote_parts(finite) and bool(finite.all()):
+            return
+        finite = to_numpy(finite)
     if finite.all():
         return
     first = np.unravel_index(int(np.argmin(finite)), finite.shape)
     index = tuple(int(i) for i in first)
-    number = np.asarray(x)[index].astype(np.float32)
+    number = to_numpy(x)[index].astype(np.float32)
     raise ValueError(
         f"{caller}: {name}[{', '.join(map(str, index))}] is {number}, one of "
         f"{int((~finite).sum())} non-finite numbers ({name}: "

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.meshes import call_on_auto_axes, explicit_spec, is_explicit
+from jaxq.processes import put
 from jaxq.qtensor._inputs import is_traced
 from jaxq.qtensor._leaf_specs import divisible, leaf_specs
 from jaxq.qtensor._qtensor import QTensor
@@ -67,7 +68,7 @@ def shard_like(qt: QTensor, float_array: Any) -> QTensor:
     mesh = sharding.mesh
     specs = divisible(qt, leaf_specs(qt, sharding.spec), mesh)
     return jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), qt, specs
+        lambda leaf, spec: put(leaf, NamedSharding(mesh, spec)), qt, specs
     )
 
 

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from jaxq import formats
 from jaxq.meshes import call_on_auto_axes
+from jaxq.processes import to_numpy
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._leaf_dtypes import check_leaves
 from jaxq.qtensor._meta import Meta
@@ -575,7 +576,7 @@ def _static_range(bounds: Any, batch_shape: tuple[int, ...]) -> jax.Array:
         for bound in bounds
     )
     if not isinstance(low, Tracer) and not isinstance(high, Tracer):
-        lows, highs = np.asarray(low), np.asarray(high)
+        lows, highs = to_numpy(low), to_numpy(high)
         finite = np.isfinite(lows).all() and np.isfinite(highs).all()
         if not finite or not (lows < highs).all():
             raise ValueError(
@@ -609,7 +610,7 @@ def _input_scale(scale: jax.typing.ArrayLike, qt: QTensor) -> jax.Array:
         )
     array = array.astype(jnp.float32)
     if not isinstance(array, Tracer):
-        factors = np.asarray(array)
+        factors = to_numpy(array)
         if not (np.isfinite(factors) & (factors > 0)).all():
             raise ValueError(
                 "with_input_scale: scale must be finite and above 0, got numbers from "

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import formats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import _scales
 from jaxq.qtensor._bounds import as_bounds, observed
 from jaxq.qtensor._dequantize import stored_values
@@ -494,7 +495,7 @@ def _warn_of_clamped_scales(qt: QTensor, name: str) -> None:
     fmt = formats.get(scale.dtype.name)
     if is_traced(scale) or fmt.max > _WIDE:
         return
-    magnitude = np.abs(np.asarray(scale).astype(np.float32))
+    magnitude = np.abs(to_numpy(scale).astype(np.float32))
     too_large = magnitude >= fmt.max
     too_small = (magnitude > 0) & (magnitude <= fmt.smallest_positive)
     num_clamped = int(np.sum(too_large | too_small))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jaxq.files import TensorFile, check_folder
 from jaxq.serialization._entries import EntryReader, EntryWriter
 from jaxq.serialization._files import FORMAT_VERSION, open_file, read_header, write_file
+from jaxq.serialization._turn import Turn
 
 TREE = "tree"
 
@@ -104,8 +105,9 @@ def write_contents(
       caller: the name that error messages begin with.
     """
     path = Path(path)
-    check_folder(path, caller)
-    writer = EntryWriter(caller)
+    turn = Turn(contents.value, path, caller)
+    turn.call(lambda: check_folder(path, caller))
+    writer = EntryWriter(caller, keeps_arrays=turn.is_mine)
     try:
         structure = _describe(writer, contents)
         header = {
@@ -114,7 +116,7 @@ def write_contents(
             "structure": structure,
             **contents.notes,
         }
-        write_file(path, writer.tensors, header, caller)
+        turn.call(lambda: write_file(path, writer.tensors, header, caller))
     except RecursionError as error:
         raise ValueError(
             f"{caller}: {path} cannot be written: the tree is nested too deeply. Save "

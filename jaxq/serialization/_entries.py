@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxq.files import RefusedFile, TensorFile
+from jaxq.processes import to_numpy
 from jaxq.qtensor import (
     LEAVES,
     Meta,
@@ -52,10 +53,13 @@ class EntryWriter:
 
     Args:
       caller: the function that errors name.
+      keeps_arrays: False if another process writes the file. `tensors` then has empty
+        arrays, because the host need not hold the whole tree.
     """
 
-    def __init__(self, caller: str):
+    def __init__(self, caller: str, *, keeps_arrays: bool = True):
         self._caller = caller
+        self._keeps_arrays = keeps_arrays
         self.tensors: dict[str, np.ndarray] = {}
 
     def describe(self, value: Any, path: str) -> dict[str, Any]:
@@ -104,7 +108,7 @@ class EntryWriter:
                 f"{self._caller}: {path or 'the value'} is a masked array. A file has "
                 "no masks. Save value.filled(...), or data and mask as two arrays."
             )
-        array = np.asarray(value)
+        array = to_numpy(value)
         dtype = array.dtype
         if dtype.name in NATIVE:
             stored = array
@@ -121,6 +125,8 @@ class EntryWriter:
         # "__metadata__" is reserved by safetensors.
         while tensor in self.tensors or tensor == "__metadata__":
             tensor += "'"
+        if not self._keeps_arrays:
+            stored, array = np.empty(0, stored.dtype), np.empty(0)
         self.tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
         entry = {"is": "array", "tensor": tensor, "dtype": dtype.name}
         return entry if isinstance(value, jax.Array) else {**entry, "numpy": True}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxq.processes import put
 from jaxq.qtensor import QTensor, find_cuts, is_nnx_module, is_nnx_variable
 from jaxq.sharding._checks import check_spec
 from jaxq.sharding._entries import (
@@ -80,7 +81,7 @@ def place(
 
 
 def _put(leaf: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    return jax.device_put(leaf, NamedSharding(mesh, spec))
+    return put(leaf, NamedSharding(mesh, spec))
 
 
 def _fitted(entry: Entry, mesh: Mesh) -> Entry:

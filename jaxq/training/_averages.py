@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxq import methods
 from jaxq.nn.layers import QUANT_STATS, params_of, range_name, with_params
+from jaxq.processes import to_numpy
 from jaxq.qtensor import QuantSpec, TrainedWeight, as_static
 from jaxq.recipes import Recipe
 
@@ -61,7 +61,7 @@ def check_averages(weights: Iterable[tuple[str, TrainedWeight]], caller: str) ->
         if weight.decay is None:
             continue
         assert weight.input_range is not None
-        input_range = np.asarray(weight.input_range)
+        input_range = to_numpy(weight.input_range)
         is_unseen = input_range[..., 0] >= input_range[..., 1]
         if not is_unseen.any():
             continue

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxq.nn.layers import QUANT_STATS
+from jaxq.processes import to_numpy
 from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
 from jaxq.training._averages import join_averages
 from jaxq.training._states import model_of
@@ -105,7 +106,7 @@ def _problems(weight: TrainedWeight) -> Iterator[str]:
 
 def _problems_of_scales(weight: TrainedWeight) -> Iterator[str]:
     scale = weight.scale
-    scale = np.asarray(scale.floats if isinstance(scale, TrainedWeight) else scale)
+    scale = to_numpy(scale.floats if isinstance(scale, TrainedWeight) else scale)
     num_zero = int(np.sum(scale == 0))
     num_negative = int(np.sum(scale < 0))
     if num_zero:
@@ -115,7 +116,7 @@ def _problems_of_scales(weight: TrainedWeight) -> Iterator[str]:
 
 
 def _problems_of_codebooks(weight: TrainedWeight) -> Iterator[str]:
-    codebook = np.asarray(weight.codebook)
+    codebook = to_numpy(weight.codebook)
     num_codebooks = codebook[..., 0].size
     num_equal = int(np.sum(codebook.min(-1) == codebook.max(-1)))
     if num_equal:

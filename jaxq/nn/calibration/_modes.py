@@ -23,6 +23,7 @@ from flax import linen, nnx
 from jaxq.jaxprs import inner_jaxprs
 from jaxq.nn.calibration._batches import Batch
 from jaxq.nn.calibration._programs import cached_program
+from jaxq.processes import to_numpy
 
 # The attributes that `nnx.Module.eval` sets to True.
 _EVAL_ATTRIBUTES = ("deterministic", "use_running_average")
@@ -74,7 +75,7 @@ class ForcedTrainMode:
         values = dict(nnx.to_flat_state(after))
         for path, value in nnx.to_flat_state(before):
             pair = value.get_value(), values[path].get_value()
-            if not np.array_equal(*map(np.asarray, pair), equal_nan=True):
+            if not np.array_equal(*map(to_numpy, pair), equal_nan=True):
                 self._norms["/".join(map(str, path[:-1]))] = None
 
     def note(self) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.observers import LayerStats, Observer, empty_stats
+from jaxq.processes import to_numpy
 
 # Fields that had another name when a file was written.
 _RENAMED = {"seen": "totals"}
@@ -186,23 +187,23 @@ def check_stats(stats: Mapping[str, LayerStats], caller: str) -> None:
 
 def _stats_problem(stats: LayerStats) -> str:
     """Says why statistics cannot be used. Empty if they can be used."""
-    if not np.all(np.isfinite(stats.mean)) or not np.all(np.isfinite(stats.absmean)):
+    mean, absmean = to_numpy(stats.mean), to_numpy(stats.absmean)
+    if not np.isfinite(mean).all() or not np.isfinite(absmean).all():
         # Batch axes come first, and channels last.
-        finite = np.isfinite(np.asarray(stats.absmean))
-        per_channel = finite.reshape(-1, stats.mean.shape[-1]).all(0)
+        per_channel = np.isfinite(absmean).reshape(-1, stats.mean.shape[-1]).all(0)
         channel = int(np.argmin(per_channel))
         return (
             f"channel {channel} of its input is not finite. Check the batches and the "
             "model"
         )
     if not all(
-        np.isfinite(np.asarray(rows)).all() for rows in (stats.samples, stats.held_out)
+        np.isfinite(to_numpy(rows)).all() for rows in (stats.samples, stats.held_out)
     ):
         return (
             "a row of its input that is held out for judging is not finite. Check the "
             "batches and the model"
         )
-    if not np.any(np.asarray(stats.count) > 0):
+    if not np.any(to_numpy(stats.count) > 0):
         return (
             "no row counted. Either the mask is False everywhere, or experts read "
             "only rows of zeros, or the statistics were lost. A plain jax.lax.scan "

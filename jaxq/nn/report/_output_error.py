@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxq import metrics, ops
 from jaxq.observers import LayerStats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import QTensor, dequantize, quantize
 
 # The squared norm of a row counts as at least this share of the mean squared norm.
@@ -90,7 +91,7 @@ def layer_errors(
         output_sqnr = float(output_sqnr_of(floats, qt, stats, inputs))
     if qt.input_range is None:
         return LayerErrors(output_sqnr)
-    low, high = np.asarray(qt.input_range[..., 0]), np.asarray(qt.input_range[..., 1])
+    low, high = np.moveaxis(to_numpy(qt.input_range), -1, 0)
     clipped = _clipped_inputs(qt.input_range, _Rows.of(stats))
     return LayerErrors(
         output_sqnr, (float(low.min()), float(high.max())), float(clipped)
@@ -107,7 +108,7 @@ def can_measure_output(qt: QTensor, stats: LayerStats, inputs: Inputs) -> bool:
     has_channels = not is_dynamic and inputs.channel is not None
     if not qt.size or (inputs.windowed and not has_channels):
         return False
-    return bool(np.any(np.asarray(stats.num_held_out) > 0))
+    return bool(np.any(to_numpy(stats.num_held_out) > 0))
 
 
 def output_sqnr_of(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxq import methods
 from jaxq.nn.report import element_names
 from jaxq.nn.transform._weight import as_matrix
 from jaxq.observers import LayerStats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import QTensor, dequantize
 
 
@@ -71,7 +71,7 @@ def corrected_bias(
             return bias, f"{reason}, so the bias stays"
     shifted = bias.astype(jnp.float32) + shift.reshape(bias.shape)
     notes = ["bias corrected"]
-    is_unreached = np.asarray(stats.count) == 0
+    is_unreached = to_numpy(stats.count) == 0
     if is_unreached.any():
         names = element_names(is_unreached)
         notes[0] += f", but not for element {names}, which no calibration row reached"

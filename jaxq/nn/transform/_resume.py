@@ -23,6 +23,7 @@ from jaxq import serialization
 from jaxq.nn.report import Row
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
+from jaxq.processes import has_remote_parts
 from jaxq.qtensor import QTensor
 from jaxq.recipes import Recipe
 
@@ -54,6 +55,7 @@ class Resume:
 
     Raises:
       FileExistsError: `options.resume` is a file.
+      NotImplementedError: other processes hold parts of the model.
     """
 
     def __init__(
@@ -67,6 +69,12 @@ class Resume:
                 raise FileExistsError(
                     f"{self._caller}: resume={str(self._folder)!r} is a file. Pass the "
                     "path of a folder. It may be a new one."
+                )
+            if any(map(has_remote_parts, jax.tree.leaves(state))):
+                raise NotImplementedError(
+                    f"{self._caller}: resume= is for one process, and other processes "
+                    "hold parts of this model. Leave out resume=. To keep statistics "
+                    "between runs, save what jaxq.nn.calibrate returns."
                 )
             self._folder.mkdir(parents=True, exist_ok=True)
             self._digest = _digest_of_run(recipe, slots, state, options)

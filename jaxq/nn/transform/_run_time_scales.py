@@ -27,6 +27,7 @@ from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
 from jaxq.nn.transform._weight import as_matrix, with_activation
 from jaxq.observers import LayerStats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import QuantSpec, quantize
 from jaxq.recipes import Rule
 
@@ -123,7 +124,7 @@ def _outcome(slot: Slot, stats: LayerStats, options: Options) -> Outcome:
                 None, [w], stats, rule.weight, dict(rule.options)
             )
         # A numpy array is on no mesh, so every later step can use it.
-        scale = np.asarray(device_scale, np.float32)  # [*batch, in]
+        scale = to_numpy(device_scale).astype(np.float32)  # [*batch, in]
         if not int(np.sum(stats.num_held_out)):
             return _kept(scale, None)
         without = _held_out_error(rule, w, np.ones_like(scale), stats)  # [*batch]
@@ -167,7 +168,7 @@ def _held_out_error(
     )
     qt = with_activation(qt, rule, _divided_range(rule, scale, stats))
     qt = qt.with_input_scale(1 / scale)
-    return np.asarray(methods.output_error(w, qt, stats.held_out))
+    return to_numpy(methods.output_error(w, qt, stats.held_out))
 
 
 def _divided_range(
@@ -176,7 +177,7 @@ def _divided_range(
     """The extremes of the divided inputs, `[*batch]`. None without a static range."""
     if rule.observer is None:
         return None
-    low, high = (np.asarray(end) / scale for end in stats.extremes)
+    low, high = (to_numpy(end) / scale for end in stats.extremes)
     low, high = np.min(low, axis=-1), np.max(high, axis=-1)
     # An input that is always zero has no range, and no error either.
     is_empty = ~(low < high)

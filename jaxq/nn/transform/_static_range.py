@@ -23,6 +23,7 @@ from jaxq.nn.report import can_measure_output, element_names, row_sqnr_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
 from jaxq.observers import LayerStats, Observer, scaled_stats
+from jaxq.processes import to_numpy
 from jaxq.qtensor import QTensor, QuantSpec, range_options
 from jaxq.recipes import Rule
 
@@ -161,7 +162,7 @@ def _candidates(
 def _chosen(ranges: list[_Bounds], choice: np.ndarray) -> _Bounds:
     """The range number `choice` of each element of a stack."""
     low, high = (
-        jnp.asarray(np.choose(choice, [np.asarray(ends[i]) for ends in ranges]))
+        jnp.asarray(np.choose(choice, [to_numpy(ends[i]) for ends in ranges]))
         for i in (0, 1)
     )
     return low, high
@@ -224,7 +225,7 @@ def _bounds_of_elements(
 
     for _ in range(stats.count.ndim):
         bounds = jax.vmap(bounds)
-    low, high = (np.asarray(end) for end in bounds(stats.observed))
+    low, high = (to_numpy(end) for end in bounds(stats.observed))
     is_empty = ~(low < high)  # also where an end is NaN
     if is_empty.all():
         return None, ""

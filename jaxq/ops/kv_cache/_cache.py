@@ -44,6 +44,7 @@ from jaxq.ops.kv_cache._arrays import CacheArrays, quantize_groups
 from jaxq.ops.kv_cache._attention import attend
 from jaxq.ops.kv_cache._plan import plan_attention
 from jaxq.ops.kv_cache._spec import KVCacheSpec, as_kv_cache_spec, whole_number
+from jaxq.processes import to_numpy
 from jaxq.qtensor import FLOATS, QuantSpec, describe
 
 
@@ -199,7 +200,7 @@ class KVCache(CacheArrays):
         else:
             count = self._checked_count(count, t, "append")
         if not isinstance(self.lengths, Tracer) and not isinstance(count, Tracer):
-            self._check_length(np.asarray(count))
+            self._check_length(to_numpy(count))
         return append(self, k, v, jnp.asarray(count, jnp.int32))
 
     def attend(
@@ -404,7 +405,7 @@ class KVCache(CacheArrays):
 
     def _check_length(self, count: np.ndarray) -> None:
         """Raises ValueError if a slot would contain more than `length` tokens."""
-        after = np.asarray(self.lengths) + count
+        after = to_numpy(self.lengths) + count
         if (after <= self.length).all():
             return
         slot = int(np.argmax(after))
@@ -441,7 +442,7 @@ class KVCache(CacheArrays):
             )
         if isinstance(array, Tracer):
             return jnp.clip(array.astype(jnp.int32), 0, t)
-        counts = np.asarray(array)
+        counts = to_numpy(array)
         if ((counts < 0) | (counts > t)).any():
             raise ValueError(
                 f"KVCache.{caller}: count must be in [0, {t}], the number of tokens "
@@ -485,7 +486,7 @@ def slot_mask(slots: Any, num_slots: int, caller: str) -> jax.Array:
         )
     indices = array.reshape(-1).astype(np.int32)
     if not isinstance(indices, Tracer):
-        known = np.asarray(indices)
+        known = to_numpy(indices)
         if ((known >= num_slots) | (known < -num_slots)).any():
             raise ValueError(
                 f"{caller}: slots must be in [-{num_slots}, {num_slots}), got "

@@ -1,0 +1,262 @@
+"""Several processes of `jax.distributed`: results, files, and a process that dies.
+
+Each group of processes runs once, and the tests look at what it left. The numbers are
+compared with those of this process on one device.
+"""
+
+import functools
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import jaxq
+from tests.arrays import assert_same
+from tests.sharding import worker
+from tests.sharding.launch import run_group
+
+ocp = pytest.importorskip("orbax.checkpoint")
+TWO, FOUR = {"num": 2, "devices": 2}, {"num": 4, "devices": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Two processes with all checks."""
+    return finished(run_group("work", folder / "two", **TWO))
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    """Four processes that begin with the checkpoint of two."""
+    source = str(folder / "two")
+    task = "restore_and_work"
+    return finished(run_group(task, folder / "four", source=source, **FOUR))
+
+
+@pytest.fixture(scope="module")
+def killed_in_a_step(folder, four):
+    """Two processes that begin with the checkpoint of four. One of them is killed."""
+    source = str(folder / "four")
+    task = "restore_and_lose_a_process"
+    return run_group(task, folder / "killed", source=source, **TWO)
+
+
+def finished(group):
+    assert not any(group.codes), group.shown()
+    return group
+
+
+@pytest.fixture(params=["two", "four"])
+def group(request):
+    return request.getfixturevalue(request.param)
+
+
+def arrays_of(group, name):
+    """The arrays that a group kept under a name, by path."""
+    arrays = {}
+    with np.load(group.folder / "arrays.npz") as file:
+        for key in file.files:
+            kept_as, path, dtype = key.split("|")
+            if kept_as == name:
+                arrays[path] = file[key].view(jnp.dtype(dtype))
+    assert arrays, name
+    return arrays
+
+
+def by_path(tree):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def assert_kept(group, name, expected):
+    """The group kept the arrays of the tree, bit for bit."""
+    assert_same(arrays_of(group, name), by_path(expected))
+
+
+def difference(group, name, expected):
+    """The largest difference of an array to that of the tree, relative to its size."""
+    kept, expected = arrays_of(group, name), by_path(expected)
+    assert kept.keys() == expected.keys()
+    return max(
+        np.linalg.norm(kept[path] - x) / np.linalg.norm(x)
+        for path, x in expected.items()
+    )
+
+
+@functools.cache
+def one_device():
+    """The model in int4 on one device, and its output."""
+    qmodel, _ = jaxq.quantize_model(worker.Net(nnx.Rngs(0)), "int4")
+    return qmodel, nnx.jit(worker.Net.__call__)(qmodel, worker.batches()[0])
+
+
+@functools.cache
+def calibrated_on_one_device():
+    """The second moments of inputs, the static model, its output and its report."""
+    model = worker.Net(nnx.Rngs(0))
+    stats = jaxq.nn.calibrate(model, worker.batches(), observer=jaxq.observers.absmax())
+    qmodel, report = jaxq.quantize_model(model, worker.STATIC, calibration=stats)
+    y = nnx.jit(worker.Net.__call__)(qmodel, worker.batches()[0])
+    return {path: stats[path].hessian for path in sorted(stats)}, qmodel, y, report
+
+
+def test_arrays_are_quantized_as_on_one_device(two, four):
+    for preset in worker.PRESETS:
+        qt = jaxq.quantize(worker.tree()["w"], preset)
+        assert_kept(two, preset, qt)
+        assert all(result[f"{preset} is sharded"] for result in two.results)
+        if preset == "int4":
+            assert_kept(four, preset, qt)
+
+
+def test_trees_are_quantized_as_on_one_device(two):
+    qtree, report = jaxq.quantize_params(worker.tree(), worker.TREE_RECIPE)
+    assert_kept(two, "tree", qtree)
+    assert {result["tree report"] for result in two.results} == {str(report)}
+
+
+def test_models_are_quantized_and_run_as_on_one_device(two):
+    qmodel, y = one_device()
+    assert_kept(two, "model", nnx.state(qmodel))
+    # The sum over processes has another order.
+    assert difference(two, "output", y) < 1e-5
+
+
+def test_every_process_names_the_number_that_is_not_finite(group):
+    errors = {result["nan"] for result in group.results}
+    assert len(errors) == 1
+    assert "w[200, 3] is nan, one of 1 non-finite numbers" in errors.pop()
+    for result in group.results:
+        assert "infinities were observed in 1 of 8 channels" in result["infinite"]
+
+
+def test_second_moments_are_those_of_one_device(group):
+    assert difference(group, "moments", calibrated_on_one_device()[0]) < 1e-5
+
+
+def test_static_ranges_and_integer_products_are_those_of_one_device(group):
+    _, qmodel, y, report = calibrated_on_one_device()
+    assert_kept(group, "static", nnx.state(qmodel))
+    assert_kept(group, "static output", y)
+    expected = pytest.approx([row.output_sqnr for row in report.quantized], abs=0.05)
+    assert all(result["sqnr"] == expected for result in group.results)
+
+
+@pytest.mark.heavy
+def test_gptq_has_the_layer_errors_of_one_device(folder):
+    group = finished(run_group("calibrate_gptq", folder / "gptq", **TWO))
+    _, report = jaxq.quantize_model(
+        worker.Net(nnx.Rngs(0)), "int4_gptq", calibration=worker.batches()
+    )
+    for result in group.results:
+        for (sqnr, loss), row in zip(result["rows"], report.quantized, strict=True):
+            assert sqnr == pytest.approx(row.output_sqnr, abs=0.05)  # 1 % of the error
+            assert loss == pytest.approx(row.loss, rel=0.01)
+
+
+def test_save_writes_one_file_of_all_parts(group):
+    assert all(result["exists after save"] for result in group.results)
+    qmodel = one_device()[0]
+    loaded = jaxq.load(group.folder / "model.safetensors", into=worker.Net(nnx.Rngs(1)))
+    assert_same(by_path(nnx.state(loaded)), by_path(nnx.state(qmodel)))
+    jaxq.save(group.folder / "one.safetensors", qmodel)
+    bytes_of = lambda name: (group.folder / name).read_bytes()  # noqa: E731
+    assert bytes_of("model.safetensors") == bytes_of("one.safetensors")
+
+
+def test_load_places_a_file_on_all_processes(group):
+    expected = nnx.state(one_device()[0])
+    assert_kept(group, "loaded", expected)
+    assert_kept(group, "placed", expected)
+    assert all(result["loaded is sharded"] for result in group.results)
+
+
+def test_every_process_raises_if_the_writer_cannot_write(group):
+    first, *others = [result["no folder"] for result in group.results]
+    assert first.startswith("FileNotFoundError: save: ")
+    for error in others:
+        assert error.startswith("OSError: save: process 0, which writes for all")
+
+
+def test_place_refuses_different_numbers(group):
+    for result in group.results:
+        assert "The processes hold different numbers" in result["different"]
+
+
+def assert_restored(group):
+    qtree, _ = jaxq.quantize_params(worker.tree(), worker.TREE_RECIPE)
+    qmodel, y = one_device()
+    assert_kept(group, "restored tree", qtree)
+    assert_kept(group, "restored model", nnx.state(qmodel))
+    assert difference(group, "restored output", y) < 1e-5
+    assert all(result["restored is sharded"] for result in group.results)
+
+
+def test_four_processes_restore_the_checkpoint_of_two(four):
+    assert_restored(four)
+
+
+def test_two_processes_restore_the_checkpoint_of_four(killed_in_a_step):
+    assert_restored(killed_in_a_step)
+
+
+def test_one_process_restores_the_checkpoint_of_four(four):
+    qtree, _ = jaxq.quantize_params(worker.tree(), worker.TREE_RECIPE)
+    shapes = worker.template(
+        worker.abstract_tree(), worker.mesh_of_all(), worker.TREE_RULES
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(four.folder / "tree", shapes)
+    assert_same(restored, qtree)
+
+
+def test_the_others_end_if_a_process_is_killed_in_a_step(killed_in_a_step):
+    assert_ended(killed_in_a_step, killed=1)
+    assert "Error" in killed_in_a_step.logs[0]
+
+
+def assert_ended(group, *, killed):
+    """One process was killed. The others ended with an error, and soon."""
+    for number, (code, seconds) in enumerate(
+        zip(group.codes, group.seconds, strict=True)
+    ):
+        assert "READY" in group.logs[number], group.shown()
+        if number == killed:
+            assert code == -signal.SIGKILL, group.shown()
+        else:
+            assert code != 0, group.shown()
+            # The limit of a group kills a process after a minute.
+            assert seconds < 50, group.shown()
+
+
+def test_a_killed_writer_leaves_the_old_file(folder):
+    group = run_group("lose_the_writer", folder / "writer", **TWO)
+    assert_ended(group, killed=0)
+    path, qt = group.folder / "w.safetensors", jaxq.quantize(worker.tree()["w"], "int8")
+    assert len(list(group.folder.glob(".w.safetensors*.partial"))) == 1
+    assert_same(jaxq.load(path)["w"], qt)
+    jaxq.save(path, {"w": qt})
+    assert not list(group.folder.glob(".w.safetensors*"))
+
+
+def test_a_process_killed_in_a_checkpoint_leaves_the_previous_one(folder):
+    group = run_group("lose_a_process_in_a_checkpoint", folder / "checkpoint", **TWO)
+    assert_ended(group, killed=1)
+    assert "SAVED" not in group.logs[0]
+    manager = ocp.CheckpointManager(group.folder / "steps")
+    assert manager.latest_step() == 1
+    qt = jaxq.quantize(worker.tree()["w"], "int8")
+    shapes = worker.template({"w": qt}, worker.mesh_of_all(), {"w": P("d", "t")})
+    restored = manager.restore(1, args=ocp.args.StandardRestore(shapes))
+    assert_same(restored["w"], qt)
