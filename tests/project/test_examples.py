@@ -241,3 +241,25 @@ def test_training_writes_a_model_and_resumes(tmp_path):
     # The perplexity of a model that knows nothing is the number of tokens.
     value = jaxq.evaluation.perplexity(model, tokens, context=64)
     assert value < model.config.vocab_size
+
+
+def test_models_on_a_mesh_compute_the_same():
+    pytest.importorskip(
+        "tokenizers", reason="the example reads a tokenizer: pip install jaxq[hf]"
+    )
+    out = run("examples/08_on_a_mesh.py", "--fast")
+    row = re.compile(
+        r"^(\S+) +(one device|tensor parallel|fully sharded) +([\d,]+) +([\d.]+)"
+        r"(?: \(([\d.]+)\)  (yes|no))?$",
+        re.MULTILINE,
+    )
+    rows = {(m[1], m[2]): m for m in row.finditer(out)}
+    assert len(rows) == 6
+    for name in ("float32", "int4"):
+        total = int(rows[name, "one device"][3].replace(",", ""))
+        # Tensor parallel has two shards, fully sharded has eight.
+        for layout, share in (("tensor parallel", 0.75), ("fully sharded", 0.127)):
+            match = rows[name, layout]
+            assert int(match[3].replace(",", "")) < share * total
+            assert abs(float(match[4]) - float(match[5])) < 0.01
+            assert match[6] == "yes"
