@@ -34,7 +34,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
     Raises:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
-      ValueError: two parameters of a model have the same path.
+      ValueError: two parameters of a model have the same path; or an array has parts on
+        devices of other processes.
       FileNotFoundError: the folder does not exist.
       OSError: the file cannot be written: the disk is full, the name is too long, or
         a folder or a pipe has this name. The error names the file.

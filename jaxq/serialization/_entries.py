@@ -104,6 +104,13 @@ class EntryWriter:
                 f"{self._caller}: {path or 'the value'} is a masked array. A file has "
                 "no masks. Save value.filled(...), or data and mask as two arrays."
             )
+        if isinstance(value, jax.Array) and not _is_here(value):
+            raise ValueError(
+                f"{self._caller}: {path or 'the value'} has parts on devices of other "
+                "processes, and one process writes the file. Save it with orbax, or "
+                "gather it first with "
+                "jax.experimental.multihost_utils.process_allgather(tree, tiled=True)."
+            )
         array = np.asarray(value)
         dtype = array.dtype
         if dtype.name in NATIVE:
@@ -423,6 +430,11 @@ def _is_qtensor_of_arrays(value: Any) -> bool:
     Optimizers of nnx models hold QTensors whose leaves are Variables.
     """
     return isinstance(value, QTensor) and not is_nnx_variable(value.data)
+
+
+def _is_here(value: jax.Array) -> bool:
+    """Whether this process has all parts of an array."""
+    return value.is_fully_addressable or value.is_fully_replicated
 
 
 def _is_key(value: Any) -> bool:

@@ -194,3 +194,13 @@ def test_damage_in_a_part_is_found(tmp_path):
     rules = {"w": P(None, "d")}
     with pytest.raises(ValueError, match=r"data has codes that ternary does not have"):
         jaxq.load(path, mesh=mesh, rules=rules, verify=False)
+
+
+def test_arrays_of_other_processes_are_not_saved(tmp_path, monkeypatch):
+    rows = NamedSharding(devices(4), P("d"))
+    tree = {"a": {"w": jax.device_put(normal(8, 4), rows)}}
+    array = type(tree["a"]["w"])
+    monkeypatch.setattr(array, "is_fully_addressable", property(lambda _: False))
+    with pytest.raises(ValueError, match=r"save: a/w has parts on devices of other"):
+        jaxq.save(tmp_path / "w", tree)
+    assert not list(tmp_path.iterdir())
