@@ -93,7 +93,9 @@ def all_gather(
       >>> layer = jax.shard_map(
       ...     layer, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
       ... )
-      >>> layer(jnp.ones((2, 64)), jnp.ones((64, 8))).shape
+      >>> sharded = jax.NamedSharding(mesh, P("data"))
+      >>> x, w = jax.device_put((jnp.ones((2, 64)), jnp.ones((64, 8))), sharded)
+      >>> layer(x, w).shape
       (2, 8)
 
     References:

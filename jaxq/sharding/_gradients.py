@@ -76,7 +76,8 @@ def mean_gradients(
       ...     return params, error
       >>> params = {"w": jnp.ones((64, 64))}
       >>> error = jaxq.sharding.init_error(params, mesh, "data")
-      >>> params, error = step(params, error, jnp.ones((16, 64)))
+      >>> x = jax.device_put(jnp.ones((16, 64)), jax.NamedSharding(mesh, P("data")))
+      >>> params, error = step(params, error, x)
 
     References:
       Seide et al., "1-Bit Stochastic Gradient Descent and its Application to

@@ -109,7 +109,8 @@ def reduce_scatter(
       ...     return jaxq.sharding.reduce_scatter(x, "data", "int8", tiled=True)
       >>> at = P("data")
       >>> f = jax.shard_map(part_of_sum, mesh=mesh, in_specs=at, out_specs=at)
-      >>> f(jnp.ones((8, 4))).shape
+      >>> x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, at))
+      >>> f(x).shape
       (8, 4)
     """
     caller = "reduce_scatter"
@@ -164,7 +165,8 @@ def all_reduce(
       >>> def total(x):
       ...     return jaxq.sharding.all_reduce(x.sum(0), "data", "int8")
       >>> total = jax.shard_map(total, mesh=mesh, in_specs=P("data"), out_specs=P())
-      >>> total(jnp.ones((8, 4))).tolist()
+      >>> x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, P("data")))
+      >>> total(x).tolist()
       [8.0, 8.0, 8.0, 8.0]
 
     References:
