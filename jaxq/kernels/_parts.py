@@ -12,8 +12,8 @@ decoded weight.
 XLA calls back with devices, so they must be known when the program is lowered. jax
 keeps them only if the program has a primitive that asks for them. `with_devices` adds
 one. It does so in `jax.set_mesh(mesh)` with automatic axes. A mesh of shapes
-(`AbstractMesh`) has no devices, and an exported program has no callbacks. Then plain
-XLA computes the primitive.
+(`AbstractMesh`) has no devices, an exported program has no callbacks, and the compiler
+for TPUs does not call back. Then plain XLA computes the primitive.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxq.meshes import names_in
+
+# The platforms of devices whose compiler calls back, as jax names their backends.
+CALLS_BACK = ("cpu", "gpu", "cuda")
 
 Letters = tuple[str | None, ...]
 
@@ -80,6 +83,8 @@ def with_devices(x: jax.Array) -> jax.Array:
         return x  # one device, or inside shard_map or another mesh
     if set(mesh.axis_types) != {AxisType.Auto}:
         return x
+    if mesh.devices.flat[0].platform not in CALLS_BACK:
+        return x
     return devices_p.bind(x)
 
 
@@ -94,7 +99,20 @@ def can_partition(ctx: Any) -> bool:
     mesh = getattr(context.axis_context, "abstract_mesh", None)
     if devices is None or mesh is None or len(devices) < 2:
         return False
-    return not context.lowering_parameters.for_export
+    return not context.lowering_parameters.for_export and _are_here(devices)
+
+
+def _are_here(devices: Sequence[Any]) -> bool:
+    """True if the compiler for the devices calls back: those of this process, no TPU.
+
+    `jax.experimental.topologies` describes devices for which one can only compile.
+    """
+    if devices[0].platform not in CALLS_BACK:
+        return False
+    try:
+        return devices[0] in jax.devices(devices[0].platform)
+    except RuntimeError:
+        return False  # there is no backend for the platform
 
 
 def partitioned(
@@ -111,9 +129,7 @@ def partitioned(
     def partition(mesh: Any, operands: Sequence[Any], result: Any):
         specs = [_entries(array) for array in operands]
         entries = _assigned(parts, [*specs, _entries(result)], mesh)
-        shards = {
-            letter: _num_shards(mesh, entry) for letter, entry in entries.items()
-        }
+        shards = {letter: _num_shards(mesh, entry) for letter, entry in entries.items()}
         names = names_in(entries[parts.summed])
         call_of_part = parts.part(shards)
 

@@ -23,6 +23,7 @@ from jaxq.kernels._parts import Letters, Parts
 from jaxq.kernels._problem import why_not_static
 from jaxq.kernels._rows import group_size, num_groups
 
+
 def product_parts(avals: Sequence[Any], call: Call) -> Parts | None:
     """The parts of a product. None if its shapes are symbolic.
 

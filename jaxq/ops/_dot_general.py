@@ -35,6 +35,7 @@ from jaxq.ops._dimension_numbers import (
     batch_first,
     check_sizes,
     mirrored,
+    nonnegative,
 )
 from jaxq.ops._input_scale import scale_operand
 from jaxq.ops._operands import Operand, as_operands, check_float_partner
@@ -136,7 +137,7 @@ def dot_general(
         )
         return y.astype(out_dtype)
     y = _multiply_over_mesh(
-        plan, plan.before, left, right, _nonnegative(left, right, dims)
+        plan, plan.before, left, right, nonnegative(left, right, dims)
     )
     return apply_out_sharding(y.astype(out_dtype), out_sharding)
 
@@ -160,19 +161,6 @@ def _preferred_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
             f"{dtype.name}."
         )
     return dtype
-
-
-def _nonnegative(lhs: Any, rhs: Any, dims: DimensionNumbers) -> DimensionNumbers:
-    """The same dimension numbers without negative axes."""
-
-    def positive(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
-        return tuple(axis % ndim for axis in axes)
-
-    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dims
-    return (
-        (positive(lhs_contracting, lhs.ndim), positive(rhs_contracting, rhs.ndim)),
-        (positive(lhs_batch, lhs.ndim), positive(rhs_batch, rhs.ndim)),
-    )
 
 
 def _multiply_trained(
