@@ -48,6 +48,15 @@ def compile_time_eval() -> Iterator[None]:
         yield
 
 
+def all_explicit_mesh(tree: Any) -> Any:
+    """The mesh of the arrays of a tree if all its axes are explicit, else None."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if not mesh.empty:
+            return mesh if mesh.are_all_axes_explicit else None
+    return None
+
+
 def call_on_auto_axes(fn: Callable[..., Any], spec: Any, *args: Any) -> Any:
     """Calls `fn(*args)` with the explicit mesh axes turned into Auto axes.
 

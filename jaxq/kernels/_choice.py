@@ -6,8 +6,9 @@ A lowering rule asks `kernel_on`. It also warns if the platform has kernels and 
 them can run.
 
 The "XLA form" of a product is its computation in plain XLA. XLA partitions a program
-for several devices, and cannot partition a kernel. So the XLA form runs there. Inside
-`jax.shard_map` each device runs its own kernel.
+for several devices, and cannot partition a kernel. So the XLA form runs there. Each
+device runs its own kernel inside `jax.shard_map`, on explicit mesh axes, and on
+automatic axes where XLA calls back (`_parts.py`).
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ def choose_kernel(
     if num_devices > 1:
         reason = (
             f"XLA partitions this program for {num_devices} devices and cannot "
-            "partition a kernel; inside jax.shard_map a kernel runs on each device"
+            "partition a kernel; a kernel runs on each device inside jax.shard_map and "
+            "on explicit mesh axes, and on GPUs in jax.set_mesh"
         )
         return Choice("xla", reason)
     return _first_kernel(problem, platform, device_kind, family)

@@ -147,3 +147,16 @@ def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, x.dtype)
     return jnp.broadcast_to(x, shape)
+
+
+def nonnegative(lhs: Any, rhs: Any, dims: DimensionNumbers) -> DimensionNumbers:
+    """The same dimension numbers without negative axes."""
+
+    def positive(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+        return tuple(axis % ndim for axis in axes)
+
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dims
+    return (
+        (positive(lhs_contracting, lhs.ndim), positive(rhs_contracting, rhs.ndim)),
+        (positive(lhs_batch, lhs.ndim), positive(rhs_batch, rhs.ndim)),
+    )

@@ -7,6 +7,7 @@ axes, n free axes of the weight.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,10 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxq import kernels
-from jaxq.meshes import apply_out_sharding, call_on_auto_axes, explicit_spec
+from jaxq.meshes import (
+    all_explicit_mesh,
+    apply_out_sharding,
+    call_on_auto_axes,
+    explicit_spec,
+)
 from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_dot, result_dtype
 from jaxq.ops._decoded import multiply_decoded
@@ -29,10 +35,12 @@ from jaxq.ops._dimension_numbers import (
     batch_first,
     check_sizes,
     mirrored,
+    nonnegative,
 )
 from jaxq.ops._input_scale import scale_operand
 from jaxq.ops._operands import Operand, as_operands, check_float_partner
 from jaxq.ops._outlier_columns import split_outlier_columns
+from jaxq.ops._parts import PartLayout, gathers_codes, part_layout
 from jaxq.ops._plan import Plan, Preparation
 from jaxq.ops._trained import (
     fake_quant_activation,
@@ -42,7 +50,14 @@ from jaxq.ops._trained import (
     with_average,
 )
 from jaxq.ops._weight_rows import weight_rows
-from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight, dequantize, mesh_axes
+from jaxq.qtensor import (
+    QUANTIZED,
+    QTensor,
+    TrainedWeight,
+    dequantize,
+    leaf_specs,
+    mesh_axes,
+)
 
 
 def dot_general(
@@ -122,7 +137,7 @@ def dot_general(
         )
         return y.astype(out_dtype)
     y = _multiply_over_mesh(
-        plan, plan.before, left, right, _nonnegative(left, right, dims)
+        plan, plan.before, left, right, nonnegative(left, right, dims)
     )
     return apply_out_sharding(y.astype(out_dtype), out_sharding)
 
@@ -146,19 +161,6 @@ def _preferred_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
             f"{dtype.name}."
         )
     return dtype
-
-
-def _nonnegative(lhs: Any, rhs: Any, dims: DimensionNumbers) -> DimensionNumbers:
-    """The same dimension numbers without negative axes."""
-
-    def positive(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
-        return tuple(axis % ndim for axis in axes)
-
-    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dims
-    return (
-        (positive(lhs_contracting, lhs.ndim), positive(rhs_contracting, rhs.ndim)),
-        (positive(lhs_batch, lhs.ndim), positive(rhs_batch, rhs.ndim)),
-    )
 
 
 def _multiply_trained(
@@ -233,7 +235,11 @@ def _multiply_over_mesh(
     rhs: jax.Array | QTensor,
     dims: DimensionNumbers,
 ) -> jax.Array:
-    """Carries out a plan. XLA partitions the product along explicit mesh axes.
+    """Carries out a plan on a mesh with explicit axes.
+
+    Each device multiplies its parts of the operands. XLA partitions the product instead
+    if there are preparations, if the mesh has axes of other types too, or if a part
+    would cut blocks of the weight.
 
     Args:
       plan: the plan of the whole product.
@@ -246,6 +252,11 @@ def _multiply_over_mesh(
       The product in the dtype `plan.result` or in float32.
     """
     axis_names = (_axes_of(lhs), _axes_of(rhs))
+    mesh = all_explicit_mesh((lhs, rhs))
+    if mesh is not None and not steps:
+        layout = part_layout(lhs, rhs, dims, axis_names, mesh)
+        if layout is not None:
+            return _multiply_parts(lhs, rhs, plan, dims, layout, mesh)
     out_names = [axis_names[0][axis] for axis in dims[1][0]]
     for side in (0, 1):
         bound = (*dims[0][side], *dims[1][side])
@@ -253,6 +264,48 @@ def _multiply_over_mesh(
         out_names.extend(name for axis, name in names if axis not in bound)
     product = functools.partial(_multiply, plan, steps, dims=dims)
     return call_on_auto_axes(product, PartitionSpec(*out_names), lhs, rhs)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "dims", "layout", "mesh"))
+def _multiply_parts(
+    lhs: jax.Array | QTensor,
+    rhs: jax.Array | QTensor,
+    plan: Plan,
+    dims: DimensionNumbers,
+    layout: PartLayout,
+    mesh: Any,
+) -> jax.Array:
+    """The product of operands on explicit mesh axes, as `layout` says."""
+    if layout.summed and plan.result not in ("float32", "int32"):
+        # The terms of a sum are not rounded.
+        plan = dataclasses.replace(plan, result="float32")
+
+    def multiply(lhs: Any, rhs: Any) -> jax.Array:
+        y = _multiply(plan, (), lhs, rhs, dims=dims)
+        return lax.psum(y, layout.summed) if layout.summed else y
+
+    def product(lhs: Any, rhs: Any) -> jax.Array:
+        in_specs = tuple(
+            leaf_specs(operand, spec) if isinstance(operand, QTensor) else spec
+            for operand, spec in zip((lhs, rhs), layout[:2], strict=True)
+        )
+        operands = jax.tree.map(
+            lambda leaf, spec: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)),
+            (lhs, rhs),
+            in_specs,
+        )
+        return jax.shard_map(
+            multiply, mesh=mesh, in_specs=in_specs, out_specs=layout.out
+        )(*operands)
+
+    gathers = [
+        gathers_codes(operand, _axes_of(operand), spec)
+        for operand, spec in zip((lhs, rhs), layout[:2], strict=True)
+    ]
+    if any(gathers):
+        # The backward pass gathers the codes again. No device keeps all of them.
+        product = jax.checkpoint(product)
+    return product(lhs, rhs)
 
 
 def _axes_of(operand: jax.Array | QTensor) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from jaxq.ops._dimension_numbers import (
     align_matmul,
     as_tuples,
     check_sizes,
+    nonnegative,
 )
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
+from jaxq.ops._plan_on_mesh import mesh_of, plan_on_mesh
 from jaxq.ops._platform_choice import known_platform, num_devices_of
 from jaxq.ops._ragged import check_ragged
 from jaxq.qtensor import QTensor, TrainedWeight
@@ -33,15 +36,17 @@ def explain(
     group_sizes: Any = None,
     platform: str | None = None,
     derivative: bool = False,
+    mesh: Any = None,
 ) -> Plan:
     """Which path `dot_general` takes, which kernel runs it, and why.
 
     With `group_sizes`, it explains `jaxq.ops.ragged_dot` instead. `KVCache.explain`
     explains attention over a quantized KV cache.
 
-    Nothing is computed or traced. A kernel runs on one device. If an operand is sharded
-    over several devices and the product runs under plain `jax.jit`, XLA partitions the
-    program and no kernel runs. Inside `jax.shard_map` each device runs the kernel.
+    Nothing is computed. On a mesh each device multiplies its parts of the operands, and
+    runs its own kernel. The plan says which parts, and which collectives there are.
+    If the mesh axes are automatic, this needs `jax.set_mesh(mesh)` and a GPU. Otherwise
+    XLA partitions the product, and no kernel runs.
 
     Args:
       lhs: array, `jax.ShapeDtypeStruct` or QTensor. A `TrainedWeight` multiplies as
@@ -57,6 +62,10 @@ def explain(
       derivative: True explains the product that `jax.grad` runs for the gradient of the
         activation, instead of the product itself. In this product a `TrainedWeight`
         multiplies as its `fake_quant()`, an array of floats.
+      mesh: a mesh, or a `jax.sharding.AbstractMesh`, that is in use when the product
+        runs. The operands have the shardings of their arrays or
+        `jax.ShapeDtypeStruct`s, and are replicated if they have none. None uses the
+        mesh of operands with explicit axes, or that of `jax.set_mesh`.
 
     Returns:
       A `Plan`. Print it to read it.
@@ -82,6 +91,7 @@ def explain(
       >>> jaxq.explain(x, qt, platform="tpu", derivative=True).kernel
       'tpu_transposed'
     """
+    mesh = mesh_of(mesh, lhs, rhs)
     num_devices = num_devices_of(lhs, rhs)
     lhs, rhs = _as_described(lhs, derivative), _as_described(rhs, derivative)
     platform = known_platform(platform, "explain")
@@ -102,13 +112,29 @@ def explain(
     check_sizes(lhs, rhs, dims, "explain")
     check_float_partner(lhs, rhs, "explain")
     if not derivative:
-        return plan_on_platform(lhs, rhs, dims, platform, num_devices)
+        if mesh is None or mesh.size == 1:
+            return plan_on_platform(lhs, rhs, dims, platform, num_devices)
+        return _plan_on_mesh(lhs, rhs, dims, platform, mesh)
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         raise TypeError(
             f"explain: derivative=True needs a float operand, got {lhs!r} and {rhs!r}. "
             "Codes have no gradient. Pass the activation as an array."
         )
     return derivative_on_platform(lhs, rhs, dims, platform, num_devices)
+
+
+def _plan_on_mesh(lhs: Any, rhs: Any, dims: Any, platform: str, mesh: Any) -> Plan:
+    """The plan of a product whose parts are on the devices of a mesh."""
+    dims = nonnegative(lhs, rhs, dims)
+
+    def plan_parts(lhs: Any, rhs: Any) -> Plan:
+        return plan_on_platform(lhs, rhs, dims, platform)
+
+    plan = plan_on_mesh(lhs, rhs, dims, mesh, platform, plan_parts)
+    if isinstance(plan, Plan):
+        return plan
+    whole = plan_on_platform(lhs, rhs, dims, platform, mesh.size)
+    return dataclasses.replace(whole, why_no_kernel=f"{whole.why_no_kernel} ({plan})")
 
 
 def _as_described(operand: Any, derivative: bool) -> Any:

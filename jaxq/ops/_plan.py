@@ -74,6 +74,14 @@ class Plan:
         path "codes", it is the dtype of codes with one scale per row: int8, float8, or
         a wider float that holds float8 codes. None on paths that do not use this field.
       result: dtype of the product before the last cast.
+      num_devices: the number of devices that multiply parts. It is 1 if the operands
+        are on one device or XLA partitions the product.
+      part: the shapes of the parts that a device multiplies, such as
+        "[4, 64] @ [64, 128]". None if `num_devices` is 1.
+      gathered: mesh axes over which devices get codes, scales or activations of other
+        devices before the product.
+      summed: mesh axes over which the products of the parts are summed, by an
+        all-reduce of `result`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -98,8 +106,15 @@ class Plan:
     outlier_product: Plan | None = None
     x_dtype: str | None = None
     result: str = "float32"
+    num_devices: int = 1
+    part: str | None = None
+    gathered: tuple[str, ...] = ()
+    summed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return self._product() + self._on_devices()
+
+    def _product(self) -> str:
         side = ", weight on the left" if self.swapped else ""
         text = f"{self.path} (accumulates in {self.accumulate}{side}): {self.reason}"
         if self.platform not in kernels.PLATFORMS:
@@ -110,6 +125,17 @@ class Plan:
             return f"{text}; in plain XLA on {self.platform}: {self.why_no_kernel}"
         others = f" ({self.passed_over})" if self.passed_over else ""
         return f"{text}; runs as the {self.kernel} kernel on {self.platform}{others}"
+
+    def _on_devices(self) -> str:
+        """What each device multiplies, and which collectives there are, in words."""
+        if self.part is None:
+            return ""
+        text = f"; each of {self.num_devices} devices multiplies {self.part}"
+        if self.gathered:
+            text += f", after an all-gather over {', '.join(self.gathered)}"
+        if self.summed:
+            text += f", before an all-reduce over {', '.join(self.summed)}"
+        return text
 
     def _activation_step(self) -> str:
         """What quantizes the activation, in words."""

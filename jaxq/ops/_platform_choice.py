@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from jaxq import kernels
 from jaxq.kernels import known_platform as named_platform
@@ -24,8 +25,12 @@ def num_devices_of(*operands: Any) -> int:
     """The largest number of devices over which one operand is sharded."""
     num_devices = 1
     for leaf in jax.tree.leaves(list(operands)):
-        devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
-        num_devices = max(num_devices, len(devices))
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):  # perhaps of an `AbstractMesh`
+            num_devices = max(num_devices, sharding.mesh.size)
+        else:
+            devices = getattr(sharding, "device_set", ())
+            num_devices = max(num_devices, len(devices))
     return num_devices
 
 

@@ -14,13 +14,11 @@ import numpy as np
 from jax import lax
 
 from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._largest import largest
 
 # Sums and differences of numbers above this constant can overflow float32. Such blocks
 # are multiplied by the inverse of this constant before sums are computed.
 _HUGE = np.float32(2.0**64)
-# `_magnitude` halves axes until each number is the maximum of this many numbers. More
-# halvings would make a large program.
-_MAX_HALVED = 64
 
 
 class Extremes(NamedTuple):
@@ -102,16 +100,5 @@ def _magnitude(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
     without_sign = np.array(jnp.iinfo(unsigned).max // 2, unsigned)
     pattern = lax.bitcast_convert_type(blocks, unsigned) & without_sign
-    # Pairwise maxima of the two halves of an axis read the array once, in long runs.
-    # XLA's reduction on CPU does not.
-    halved = 1
-    for axis in axes:
-        axis = axis % pattern.ndim
-        size = pattern.shape[axis]
-        while size % 2 == 0 and size > 1 and halved < _MAX_HALVED:
-            size, halved = size // 2, halved * 2
-            first = lax.slice_in_dim(pattern, 0, size, axis=axis)
-            second = lax.slice_in_dim(pattern, size, None, axis=axis)
-            pattern = jnp.maximum(first, second)
-    largest = jnp.max(pattern, axis=axes, keepdims=True, initial=0)
-    return lax.bitcast_convert_type(largest, dtype).astype(jnp.float32)
+    maximum = largest(pattern, axes)
+    return lax.bitcast_convert_type(maximum, dtype).astype(jnp.float32)

@@ -1,0 +1,97 @@
+"""Products on a mesh: what `explain` says, and the programs that devices get."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxq
+from jaxq import kernels, sharding
+from tests.arrays import normal_with_outliers
+from tests.kernels.products import CUSTOM_CALL, LAYOUT, h200
+
+K, N, ROWS = 512, 1024, 16
+# The shardings of x and of the weight, what a device multiplies, and the collectives.
+CASES = {
+    "column": (P("d"), P(None, "t"), "[8, 512] @ [512, 512]", (), ()),
+    "row": (P("d", "t"), P("t", None), "[8, 256] @ [256, 1024]", (), ("t",)),
+    "sliced x": (P("d"), P("t", None), "[8, 256] @ [256, 1024]", (), ("t",)),
+    "fsdp": (P("d"), P("d", None), "[8, 512] @ [512, 1024]", ("d",), ()),
+    "fsdp and column": (P("d"), P("d", "t"), "[8, 512] @ [512, 512]", ("d",), ()),
+    "both": (P(), P("d", "t"), "[16, 256] @ [256, 512]", (), ("d",)),
+}
+
+
+def mesh_for(platform, kind):
+    device = h200() if platform == "cuda" else None
+    return AbstractMesh((2, 2), ("d", "t"), (kind, kind), abstract_device=device)
+
+
+def shapes_of(mesh, where, platform, preset="int4"):
+    """Shapes of x and of a weight with their shardings."""
+    w = normal_with_outliers(K, N, dtype="bfloat16")
+    qt = jaxq.relayout(jaxq.quantize(w, preset), LAYOUT[platform])
+    at = sharding.specs(qt, CASES[where][1], mesh=mesh)
+
+    def struct(leaf, spec):
+        at = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+    x = jax.ShapeDtypeStruct((ROWS, K), "bfloat16")
+    return struct(x, CASES[where][0]), jax.tree.map(struct, qt, at)
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+@pytest.mark.parametrize("where", CASES)
+def test_explicit_axes_run_a_kernel_on_each_device(where, platform):
+    mesh = mesh_for(platform, AxisType.Explicit)
+    x, qt = shapes_of(mesh, where, platform)
+    _, _, part, gathered, summed = CASES[where]
+    plan = jaxq.explain(x, qt, platform=platform, mesh=mesh)
+    assert plan.kernel != "xla"
+    assert (plan.num_devices, plan.part) == (4, part)
+    assert (plan.gathered, plan.summed) == (gathered, summed)
+    assert jaxq.explain(x, qt, platform=platform) == plan  # the mesh of the operands
+    assert part in str(plan)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda x, qt: x @ qt).trace(x, qt)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert CUSTOM_CALL[platform] in text
+    assert ("all_reduce" in text) == bool(summed)
+    assert "stablehlo.dot_general" not in text
+
+
+def test_automatic_axes_need_a_compiler_that_calls_back():
+    mesh = mesh_for("cuda", AxisType.Auto)
+    x, qt = shapes_of(mesh, "row", "cuda")
+    plan = jaxq.explain(x, qt, platform="cuda", mesh=mesh)
+    assert (plan.kernel, plan.summed) == ("mosaic_gpu", ("t",))
+    mesh = mesh_for("tpu", AxisType.Auto)
+    x, qt = shapes_of(mesh, "row", "tpu")
+    plan = jaxq.explain(x, qt, platform="tpu", mesh=mesh)
+    assert plan.kernel == "xla"
+    assert "explicit axes" in plan.why_no_kernel
+    # A mesh of shapes has no devices, so XLA partitions the product.
+    with (
+        pytest.warns(kernels.FallbackWarning, match="explicit mesh axes"),
+        jax.sharding.use_abstract_mesh(mesh),
+    ):
+        jax.jit(lambda x, qt: x @ qt).trace(x, qt).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("where", CASES)
+def test_automatic_axes_multiply_parts(where):
+    """On this platform the part is computed by the XLA form of one device."""
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+    x, w = normal_with_outliers(ROWS, K), normal_with_outliers(K, N)
+    qt = jaxq.quantize(w, "int4")
+    expected = x @ qt
+    with jax.set_mesh(mesh):
+        x = sharding.place(x, mesh, CASES[where][0])
+        qt = sharding.place(qt, mesh, CASES[where][1])
+        lowered = jax.jit(lambda x, qt: x @ qt).lower(x, qt)
+        assert "CustomSPMDPartitioning" in lowered.as_text()
+        y = lowered.compile()(x, qt)
+    scale = float(np.abs(expected).max())
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * scale)
