@@ -34,9 +34,10 @@ _Result = TypeVar("_Result")
 
 # Products by a quantized weight. The operands are x, the leaves, and then tangents.
 _PRODUCTS = ("quantized_matmul", "quantized_matmul_tangent")
+# These change how an array is typed on a mesh, for example before a product.
+_VARYING = ("pcast", "pvary")
 # These do not reorder elements. If the number of elements stays, they are reshapes.
-# `reshard` changes the mesh axes of an array, for example before a product.
-_RESHAPES = ("broadcast_in_dim", "reshape", "reshard", "slice", "squeeze")
+_RESHAPES = ("broadcast_in_dim", "reshape", "reshard", "slice", "squeeze", *_VARYING)
 # Calls whose operands are the inputs of their function.
 _PLAIN_CALLS = (
     *("checkpoint", "closed_call", "core_call", "custom_vjp_call", "jit"),
@@ -395,7 +396,14 @@ def _evaluate_equation(equation: Any, operands: list) -> Sequence:
 
 def _reshaped(equation: Any, layer: _Slice) -> _Slice:
     """The result of an equation that `_is_reshape`."""
-    if equation.primitive.name != "reshard":
+    name = equation.primitive.name
+    if name in _VARYING:
+        stack, number = (
+            equation.primitive.bind(array, **equation.params)
+            for array in (layer.stack, layer.number)
+        )
+        return _Slice(stack, number)
+    if name != "reshard":
         shape = (layer.stack.shape[0], *equation.outvars[0].aval.shape)
         return _Slice(layer.stack.reshape(shape), layer.number)
     sharding = equation.params["dst_sharding"]
