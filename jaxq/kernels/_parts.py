@@ -233,7 +233,7 @@ def _sharding_rule(parts: Parts, shapes: Sequence[tuple[int, ...]]) -> Any:
         (ArrayMapping(*result),),
         reduction_factors=(parts.summed,) if parts.summed in present else (),
         need_replication_factors=tuple(whole),
-        **compound_sizes,
+        **compound_sizes,  # pyright: ignore[reportArgumentType]
     )
 
 

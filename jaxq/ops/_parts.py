@@ -105,8 +105,10 @@ def part_layout(
                 layout[0][axes[0]] = layout[1][axes[1]] = entry
                 summed.extend(names_in(entry))
                 break
-    specs = [PartitionSpec(*entries) for entries in (*layout, out)]
-    return PartLayout(*specs, tuple(summed))
+    lhs_spec, rhs_spec, out_spec = (
+        PartitionSpec(*entries) for entries in (*layout, out)
+    )
+    return PartLayout(lhs_spec, rhs_spec, out_spec, tuple(summed))
 
 
 def gathers_codes(operand: Any, names: tuple, spec: PartitionSpec) -> bool:

@@ -82,6 +82,15 @@ def plan_on_mesh(
         multiply = jax.shard_map(record, mesh=sizes, in_specs=in_specs, out_specs=())
         jax.eval_shape(multiply, *shapes)
     plan, part = plans[0]
+    reason = _why_whole(plan, kinds == {AxisType.Auto})
+    if reason is not None:
+        return reason
+    if plan.activation_kernel is not None:
+        plan = dataclasses.replace(
+            plan,
+            activation_kernel="xla",
+            why_no_activation_kernel="it is quantized before it is cut into parts",
+        )
     return dataclasses.replace(
         plan,
         num_devices=mesh.size,
@@ -89,6 +98,18 @@ def plan_on_mesh(
         gathered=_gathered(names, layout),
         summed=layout.summed,
     )
+
+
+def _why_whole(plan: Plan, automatic: bool) -> str | None:
+    """Why XLA partitions a product; None if devices multiply parts."""
+    if plan.path == "dense":
+        return "no operand is quantized"
+    if not automatic and plan.before:
+        return "an operand is prepared first, which XLA does on explicit axes"
+    is_other_primitive = plan.path == "codes" and plan.x_dtype is None
+    if automatic and (plan.path == "dequantize" or is_other_primitive):
+        return "XLA does not ask for the parts of such a product"
+    return None
 
 
 def _text(lhs: Any, rhs: Any) -> str:

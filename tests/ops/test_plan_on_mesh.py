@@ -95,3 +95,11 @@ def test_automatic_axes_multiply_parts(where):
         y = lowered.compile()(x, qt)
     scale = float(np.abs(expected).max())
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_explain_says_when_xla_partitions_a_product():
+    mesh = mesh_for("tpu", AxisType.Explicit)
+    x, qt = shapes_of(mesh, "row", "tpu", "int8")
+    plan = jaxq.explain(x, qt.with_activation("int8"), platform="tpu", mesh=mesh)
+    assert (plan.kernel, plan.part) == ("xla", None)
+    assert "prepared first" in plan.why_no_kernel

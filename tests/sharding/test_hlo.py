@@ -117,7 +117,11 @@ def test_fully_sharded_layers_gather_codes(name, where, kind):
     codes, scales = leaf_bytes(up, down)
     integers, floats = ("s8", "u8"), ("f32", "bf16")
     for found, most in ((forward, 1), (both, 2)):
-        assert {kind for kind, _, _ in found} == {"all-gather"}
+        # With automatic axes XLA also moves activations in the backward pass.
+        others = [row for row in found if row[0] != "all-gather"]
+        assert kind is AxisType.Auto or not others
+        assert {name for name, _, _ in others} <= {"all-to-all"}
+        assert all(size <= ROWS // 2 * N * 4 for _, _, size in others)
         # The backward pass may use the codes of the forward pass.
         times = total(found, "all-gather", integers) / codes
         assert times in range(1, most + 1)
