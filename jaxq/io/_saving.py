@@ -67,7 +67,8 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
         sharded along the same axes. If `into` is None, a model's file gives a
         dict from paths to arrays and QTensors. The variables of a quantized linen
         module are a tree. Load them without `into`, and run them with
-        `jaxq.nn.linen.Quantized(module).apply(variables, x)`.
+        `jaxq.nn.linen.Quantized(module).apply(variables, x)`. The float module raises
+        the ScopeParamShapeError of Flax for them.
       verify: compare the checksums that `save` wrote. They find damage on disks and in
         transfers. They do not protect against an attacker. False reads what can be
         read of a damaged file. Files of earlier versions have no checksums.
