@@ -16,7 +16,11 @@ from jaxq.formats._codebook import decode_by_table as decode_by_table
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
+from jaxq.formats._names import RecipeName as RecipeName
 from jaxq.formats._names import check_choice as check_choice
+from jaxq.formats._names import recipe_name as recipe_name
+from jaxq.formats._names import register_preset_name as register_preset_name
+from jaxq.formats._names import register_recipe_name as register_recipe_name
 from jaxq.formats._names import unknown_name as unknown_name
 from jaxq.formats._packing import Packing, as_signed, pack, unpack
 from jaxq.formats._packing import codes_per_pack as codes_per_pack

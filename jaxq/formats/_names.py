@@ -1,10 +1,67 @@
-"""Error messages for unknown names, with the closest known names as suggestions."""
+"""Error messages for unknown names, with the closest known names as suggestions.
+
+The names of presets and recipes are those of rooms above this one. These rooms register
+them here, so that an error can say what such a name means.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class RecipeName(NamedTuple):
+    """What the name of a recipe for whole models stands for.
+
+    Attributes:
+      weight: the preset of the weights.
+      activation: the preset of the inputs. None leaves them in floats.
+      fields: the arguments of a `jaxq.Rule` that does the same.
+      rotate: the recipe also rotates the model.
+    """
+
+    weight: str
+    activation: str | None
+    fields: str
+    rotate: bool
+
+
+_PRESET_FORMATS: dict[str, str] = {}
+_RECIPES: dict[str, RecipeName] = {}
+
+
+def register_preset_name(name: str, fmt: str) -> None:
+    """Registers the name of a preset and the name of its format, for errors."""
+    _PRESET_FORMATS[name] = fmt
+
+
+def register_recipe_name(name: str, meaning: RecipeName) -> None:
+    """Registers the name of a recipe that is not a preset, for errors."""
+    _RECIPES[name] = meaning
+
+
+def recipe_name(name: Any) -> RecipeName | None:
+    """What the name of a recipe stands for; None if no recipe has this name."""
+    return _RECIPES.get(normalize(name)) if isinstance(name, str) else None
+
+
+def meaning_of_no_format(name: str) -> str:
+    """Says which formats a preset or a recipe has; empty for any other name."""
+    key = normalize(name)
+    if key in _PRESET_FORMATS:
+        return (
+            f"{name!r} is a preset, which also has a granularity and scales: "
+            f"jaxq.presets()[{key!r}]. Its format is {_PRESET_FORMATS[key]!r}."
+        )
+    recipe = _RECIPES.get(key)
+    if recipe is None:
+        return ""
+    fmt = _PRESET_FORMATS[recipe.weight]
+    meaning = f"{name!r} is a recipe for models. The format of its weights is {fmt!r}"
+    if recipe.activation is not None:
+        meaning += f", that of its inputs {_PRESET_FORMATS[recipe.activation]!r}"
+    return f"{meaning}."
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], listing: str) -> str:

@@ -18,7 +18,7 @@ from jaxq.formats._codebook import (
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
-from jaxq.formats._names import normalize, unknown_name
+from jaxq.formats._names import meaning_of_no_format, normalize, unknown_name
 
 # Dettmers et al., "QLoRA" (2023), appendix E: the published table, digit for digit.
 _NF4 = (
@@ -178,17 +178,27 @@ def get(name: str | Format) -> Format:
         )
     key = normalize(name)
     fmt = _registry.get(key) or _parse_float(key) or _parse_fixed_point(key)
-    if fmt is None and key in _SHORT_NAMES:
+    if fmt is None:
+        raise ValueError(_unknown_format(name))
+    return fmt
+
+
+def _unknown_format(name: str) -> str:
+    """The error message for a name that no format has."""
+    key = normalize(name)
+    if key in _SHORT_NAMES:
         meant = " or ".join(repr(full) for full in _SHORT_NAMES[key])
-        raise ValueError(
+        return (
             f"unknown format {name!r}. Did you mean {meant}? jaxq.formats.names() "
             "lists them all."
         )
-    if fmt is None:
-        raise ValueError(
-            unknown_name("format", name, _registry, "jaxq.formats.names()")
+    meaning = meaning_of_no_format(name)
+    if meaning:
+        return (
+            f"unknown format {name!r}. {meaning} jaxq.formats.names() lists all "
+            "formats."
         )
-    return fmt
+    return unknown_name("format", name, _registry, "jaxq.formats.names()")
 
 
 # Short names that people use, and the formats that they may mean. Some are the names of
@@ -197,11 +207,20 @@ _SHORT_NAMES = {
     "fp4": ("float4_e2m1fn", "nf4"),
     "fp6": ("float6_e2m3fn", "float6_e3m2fn"),
     "fp8": ("float8_e4m3fn", "float8_e5m2"),
+    "float4": ("float4_e2m1fn",),
+    "float6": ("float6_e2m3fn", "float6_e3m2fn"),
+    "float8": ("float8_e4m3fn", "float8_e5m2"),
+    "fp8_e4m3": ("float8_e4m3fn",),
+    "e2m1": ("float4_e2m1fn",),
+    "e2m3": ("float6_e2m3fn",),
+    "e3m2": ("float6_e3m2fn",),
     "e4m3": ("float8_e4m3fn",),
     "e5m2": ("float8_e5m2",),
+    "e8m0": ("float8_e8m0fnu",),
     "bf16": ("bfloat16",),
     "fp16": ("float16",),
     "fp32": ("float32",),
+    "tf32": ("tfloat32",),
 }
 
 

@@ -81,7 +81,8 @@ def load(
         sharded along the same axes. If `into` is None, a model's file gives a
         dict from paths to arrays and QTensors. The variables of a quantized linen
         module are a tree. Load them without `into`, and run them with
-        `jaxq.nn.linen.Quantized(module).apply(variables, x)`.
+        `jaxq.nn.linen.Quantized(module).apply(variables, x)`. The float module raises
+        the ScopeParamShapeError of Flax for them.
       mesh: puts every array on this mesh of devices. Of each array, only the parts of
         this process's devices are read, and the parts are never put together.
       rules: the mesh axes of the float weights, as in `jaxq.sharding.place`:

@@ -61,6 +61,10 @@ _PRESETS: dict[str, QuantSpec] = {
 }
 
 
+for _name, _spec in _PRESETS.items():
+    formats.register_preset_name(_name, _spec.fmt.name)
+
+
 def presets() -> dict[str, QuantSpec]:
     """Every preset by name, in alphabetical order.
 
@@ -131,21 +135,31 @@ def as_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
     preset = _PRESETS.get(spec.strip().lower().replace("-", "_"))
     if preset is not None:
         return preset
-    message = formats.unknown_name("preset", spec, _PRESETS, "jaxq.presets()")
-    if spec in formats.names():
-        message += f" {spec!r} is a format: use jaxq.QuantSpec(format={spec!r}, ...)."
-    if _RECIPE.fullmatch(spec.strip().lower().replace("-", "_")):
-        message = (
-            f"{spec!r} is a recipe for models, not a preset. Pass it to "
-            "jaxq.quantize_model or jaxq.quantize_params. jaxq.presets() lists the "
-            "presets."
+    raise ValueError(f"{caller}: {_unknown_preset(spec)}")
+
+
+def _unknown_preset(name: str) -> str:
+    """The error message for a name that no preset has."""
+    recipe = formats.recipe_name(name)
+    if recipe is not None:
+        preset = f"Use the preset of its weights, {recipe.weight!r}"
+        if recipe.activation is not None:
+            preset += f", or that of its inputs, {recipe.activation!r}"
+        return (
+            f"{name!r} is a recipe for models, not a preset. {preset}. The recipe is "
+            "for jaxq.quantize_model and jaxq.quantize_params. jaxq.presets() lists "
+            "the presets."
         )
-    raise ValueError(f"{caller}: {message}")
+    message = formats.unknown_name("preset", name, _PRESETS, "jaxq.presets()")
+    if name in formats.names():
+        message += f" {name!r} is a format: use jaxq.QuantSpec(format={name!r}, ...)."
+    if _LIKE_A_RECIPE.fullmatch(name.strip().lower().replace("-", "_")):
+        message += " jaxq.recipes.names() lists the recipes for models."
+    return message
 
 
-# The names of recipes, which also quantize activations or use a method. The recipes
-# themselves are in a room above this one.
-_RECIPE = re.compile(
-    r"w\d+a\d+(_\w+)?|llm_int8"
+# Names in the style of recipes, which also quantize activations or use a method.
+_LIKE_A_RECIPE = re.compile(
+    r"w\d+a\d+(_\w+)?"
     r"|\w+_(adaround|awq|dynamic|gptq|hqq|rotated|smoothquant|static)"
 )

@@ -159,7 +159,8 @@ class _ArrayRefusal:
         return (
             f"{self.operand!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or "
             f"jaxq.einsum(..., qt), or get floats with "
-            f"{self.operand.floats_expression})"
+            f"{self.operand.floats_expression}; a linen module runs with it inside "
+            "jaxq.nn.linen.Quantized(module))"
         )
 
 

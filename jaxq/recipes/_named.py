@@ -24,6 +24,17 @@ class _Named(NamedTuple):
     method: str = "rtn"
     rotate: bool = False
 
+    @property
+    def fields(self) -> str:
+        """The arguments of a `jaxq.Rule` that differ from the defaults."""
+        shown = {"weight": self.weight, "activation": self.activation}
+        shown["observer"] = self.observer
+        if self.method != "rtn":
+            shown["method"] = self.method
+        return ", ".join(
+            f"{name}={value!r}" for name, value in shown.items() if value is not None
+        )
+
 
 _NAMED = {
     # Dynamic activation quantization: one scale per token.
@@ -48,6 +59,14 @@ _NAMED = {
     "llm_int8": _Named("int8", method="llm_int8"),
     "w8a8_smoothquant": _Named("int8", "int8", method="smoothquant"),
 }
+
+for _name, _named in _NAMED.items():
+    formats.register_recipe_name(
+        _name,
+        formats.RecipeName(
+            str(_named.weight), _named.activation, _named.fields, _named.rotate
+        ),
+    )
 
 
 def names() -> list[str]:
@@ -124,4 +143,6 @@ def _find(recipe: str, caller: str) -> _Named:
     if name in presets():
         return _Named(name)
     message = formats.unknown_name("recipe", recipe, names(), "jaxq.recipes.names()")
+    if name in formats.names():
+        message += f" {name!r} is a format: use jaxq.QuantSpec(format={name!r}, ...)."
     raise ValueError(f"{caller}: {message}")

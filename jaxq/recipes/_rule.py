@@ -245,6 +245,16 @@ class Rule:
             )
 
     def _normalize_specs(self) -> None:
+        for field in ("weight", "activation"):
+            name = getattr(self, field)
+            recipe = formats.recipe_name(name)
+            if recipe is not None:
+                rotate = " with rotate=True" if recipe.rotate else ""
+                raise ValueError(
+                    f"{self.name}: {field}={name!r} is a recipe for models, not a "
+                    f"preset. Write {recipe.fields} in the rule, or add "
+                    f"*jaxq.recipes.get({name!r}).rules to the jaxq.Recipe{rotate}."
+                )
         if self.weight is not None:
             self._set("weight", as_spec(self.weight, f"{self.name} weight"))
         if self.activation is not None:

@@ -27,6 +27,11 @@ class Quantized(linen.Module):
     attributes of `module`. The module itself is not changed. Two quantizations of a
     module differ in their variables, so `jax.jit` and `nn.jit` compile each of them.
 
+    The module itself does not accept QTensors. `module.apply(qvariables, x)` raises the
+    ScopeParamShapeError of Flax ("the given initializer is expected to generate shape
+    ..., but the existing parameter it received has shape ..."), because the codes have
+    another shape than the kernel. If the shapes are equal, there is a TypeError.
+
     Args:
       module: a linen module. Its variables may hold floats or QTensors.
       weights: paths of parameters that must be QTensors. A float array at such a path

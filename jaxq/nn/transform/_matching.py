@@ -221,9 +221,6 @@ def _method_problem(
     reason = _unserved(rule, slot)
     if reason:
         return reason
-    keeps_scales = folding is not None and folding.at_run_time
-    if slot.kind.windowed and keeps_scales:
-        return ""  # it is rounded to nearest, and the report says so
     if not method.needs_data(dict(rule.options)):
         return ""
     return _missing_data(name, adapter, has_data)
@@ -232,9 +229,8 @@ def _method_problem(
 def _unserved(rule: Rule, slot: Slot) -> str:
     """Why the rule's method cannot quantize layers of this kind; empty if it can."""
     method, name = methods.get(rule.method), f"method {rule.method!r}"
-    keeps_scales = method.folding is not None and method.folding.at_run_time
-    if slot.kind.windowed and keeps_scales:
-        return ""
+    if slot.kind.windowed and method.folding is not None:
+        return f"{name} scales rows of a matrix, not the windows of a convolution"
     if slot.kind.windowed and method.matrices_only:
         return f"{name} is for matrices, not for the windows of a convolution"
     if not method.needs_data(dict(rule.options)):
@@ -300,7 +296,23 @@ def _slot_problems(slots: Sequence[Slot], adapter: Adapter) -> str:
         + "\n".join(problems)
         + f"\nSkip these {adapter.noun}s with {skip} in a "
         "jaxq.Recipe before the rules that match them, give them a rule with another "
-        "spec or method, or change them."
+        f"spec or method, or change them.{_nearest_remedy(slots)}"
+    )
+
+
+def _nearest_remedy(slots: Sequence[Slot]) -> str:
+    """Says how to round the layers to nearest that a rule's method cannot quantize."""
+    unserved = [
+        slot.rule.method
+        for slot in slots
+        if slot.rule is not None and slot.chosen and _unserved(slot.rule, slot)
+    ]
+    if not unserved:
+        return ""
+    names = " or ".join(sorted(set(unserved)))
+    return (
+        f" or_nearest=True in the rule rounds the layers that {names} cannot quantize "
+        "to nearest."
     )
 
 

@@ -195,9 +195,6 @@ def scales_note(slot: Slot) -> str:
     reason = "no previous layer can take its scales"
     if outcome is not None:
         reason = outcome.note
-    elif slot.kind.windowed:
-        method = _rule(slot).method
-        return f"rounded to nearest: {method} scales rows of a matrix, not windows"
     if folding.without_scales:
         return f"{folding.without_scales}: {reason}"
     return reason
@@ -217,12 +214,9 @@ def method_without_data(slot: Slot) -> str:
 def _only_rounds(slot: Slot) -> bool:
     """True if the result of the method is the weight rounded to nearest.
 
-    A method without `solve` rounds to nearest, and may move scales before. Methods that
-    move scales round the kernel of a convolution to nearest.
+    A method without `solve` rounds to nearest, and may move scales before.
     """
-    rule = _rule(slot)
-    has_windows = folding_of(rule) is not None and slot.kind.windowed
-    return methods.get(rule.method).solve is None or has_windows
+    return methods.get(_rule(slot).method).solve is None
 
 
 def _rule(slot: Slot) -> Rule:

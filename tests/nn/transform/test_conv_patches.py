@@ -209,8 +209,10 @@ class LinenNetwork(linen.Module):
 
 
 NAMED = {
+    "int4_awq": {"conv": "rtn", "up": "rtn", "dense": "awq"},
     "int4_gptq": {"conv": "gptq", "up": "rtn", "dense": "gptq"},
     "llm_int8": {"conv": "rtn", "up": "rtn", "dense": "llm_int8"},
+    "w8a8_smoothquant": {"conv": "rtn", "up": "rtn", "dense": "smoothquant"},
 }
 
 
@@ -246,7 +248,7 @@ def test_int4_gptq_runs_on_a_network_of_convolutions():
 def test_recipes_of_users_refuse_these_layers_by_name(recipe):
     rule = jaxq.recipes.get(recipe).rules[-1]
     assert rule.or_nearest
-    rule = jaxq.Rule(weight=rule.weight, method=rule.method)
+    rule = dataclasses.replace(rule, or_nearest=False)
     with pytest.raises(ValueError, match=r"up \(ConvTranspose\): method ") as error:
         jaxq.quantize_model(Network(), jaxq.Recipe([rule]), calibration=BATCHES)
     # Batches were passed, so the error does not ask for them.

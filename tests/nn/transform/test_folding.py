@@ -202,16 +202,24 @@ class Convolutions(nnx.Module):
 
 
 @pytest.mark.parametrize("method", ["awq", "equalize", "smoothquant"])
-def test_scales_do_not_move_between_convolutions_and_the_report_says_so(method):
+def test_scales_do_not_move_between_convolutions(method):
+    """The rule of a user is an error, and `or_nearest` rounds and says so."""
     rule = jaxq.Rule(weight="int8", method=method)
     batches = [normal(8, 16, 4, seed=seed) for seed in range(2)]
+    reason = f"method '{method}' scales rows of a matrix, not the windows of a conv"
+    with pytest.raises(ValueError, match=rf"first \(Conv\): {reason}") as error:
+        jaxq.quantize_model(Convolutions(), jaxq.Recipe([rule]), calibration=batches)
+    assert "second (Conv): method" in str(error.value)
+    assert "or_nearest=True" in str(error.value)
+    rule = dataclasses.replace(rule, or_nearest=True)
     model, report = jaxq.quantize_model(
         Convolutions(), jaxq.Recipe([rule]), calibration=batches
     )
     expected, _ = jaxq.quantize_model(Convolutions(), "int8")
     assert_same(model(batches[0]), expected(batches[0]))
+    assert {row.method for row in report.quantized} == {"rtn"}
     notes = [row.note for row in report.quantized]
-    assert all("convolution" in note or "windows" in note for note in notes)
+    assert all(f"rounded to nearest: {reason}" in note for note in notes)
 
 
 def failing(record):

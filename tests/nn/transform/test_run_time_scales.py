@@ -292,7 +292,7 @@ def test_a_convolution_is_rounded_and_says_so(recipe):
     qmodel, report = jaxq.quantize_model(conv, recipe, calibration=[x])
     (row,) = report.quantized
     assert row.method == "rtn"
-    assert "scales rows of a matrix, not windows" in row.note
+    assert "scales rows of a matrix, not the windows of a conv" in row.note
     plain, _ = jaxq.quantize_model(conv, PLAIN[recipe])
     np.testing.assert_array_equal(qmodel(x), plain(x))
 

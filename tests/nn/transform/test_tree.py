@@ -575,6 +575,9 @@ def test_a_convolution_has_a_static_range(batches):
     gptq = Recipe([Rule(weight="int4", method="gptq")])
     with pytest.raises(ValueError, match="needs the windows that the layer reads"):
         jaxq.quantize_params(params, gptq, calibration=[x], forward=forward)
+    awq = Recipe([Rule(weight="int4", method="awq")])
+    with pytest.raises(ValueError, match="kernel .*method 'awq' scales rows of a mat"):
+        jaxq.quantize_params(params, awq, calibration=[x], forward=forward)
 
 
 def test_the_params_of_a_linen_module_are_a_tree(batches):
