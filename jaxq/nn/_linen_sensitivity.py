@@ -18,7 +18,7 @@ from jaxq.nn._sensitivity import (
     measure,
     recipe_of,
 )
-from jaxq.nn.calibration import run_linen
+from jaxq.nn.calibration import LinenFunction
 from jaxq.nn.layers import (
     Forward,
     LinenLayer,
@@ -84,12 +84,9 @@ def sensitivity(
     structure = find_linen_layers(module, variables, example, forward, caller=_CALLER)
     layers = structure.layers.values()
     weights = _weights(variables, layers, recipe_of(specs, _CALLER))
-
-    def run(variables: Any, batch: Any) -> Any:
-        return run_linen(module, variables, batch, forward)
-
     # A FrozenDict becomes a dict, as in the variables with another weight.
     floats = with_params(variables, params_of(variables))
+    run = LinenFunction(module, forward)
     divergence = Divergence(jax.jit, run, floats, batches, mask)
     return measure(weights, specs, divergence, progress)
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,13 @@ from flax import nnx
 
 from jaxq import metrics
 from jaxq.debug_checks import allow_nonfinite
-from jaxq.nn.calibration import Batch, as_batches, eval_copy, run_model
+from jaxq.nn.calibration import (
+    Batch,
+    as_batches,
+    cached_program,
+    eval_copy,
+    run_model,
+)
 from jaxq.nn.layers import weight_axes
 from jaxq.nn.transform import find_layers
 from jaxq.processes import to_numpy
@@ -115,12 +122,18 @@ def sensitivity(
     specs, batches = checked_arguments(choices, batches, "sensitivity")
     copy = eval_copy(model)
     weights = _weights(copy, recipe_of(specs, "sensitivity"))
-
-    def run(model: nnx.Module, batch: Any) -> Any:
-        return run_model(model, batch, forward)
-
-    divergence = Divergence(nnx.jit, run, copy, batches, mask)
+    divergence = Divergence(nnx.jit, _Run(forward), copy, batches, mask)
     return measure(weights, specs, divergence, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Runs a batch. `forward(model, batch)` may be None, as in `sensitivity`."""
+
+    forward: Callable[[Any, Any], Any] | None
+
+    def __call__(self, model: nnx.Module, batch: Any) -> Any:
+        return run_model(model, batch, self.forward)
 
 
 class Weight(NamedTuple):
@@ -236,7 +249,8 @@ class Divergence:
 
     Args:
       jit: `nnx.jit` or `jax.jit`.
-      run: `run(model, batch)` returns logits.
+      run: `run(model, batch)` returns logits. Later calls with an equal function and
+        equal shapes compile nothing.
       model: the model, or the variables that `run` takes as its first argument.
       batches: inputs of the model.
       mask: `mask(batch)` returns the rows that count, or None.
@@ -250,17 +264,8 @@ class Divergence:
         batches: Sequence[Batch],
         mask: Callable[[Any], Any] | None,
     ):
-        @jit
-        def logits_of(model: Any, batch: Batch) -> jax.Array:
-            return run(model, batch.whole())
-
-        @jit
-        def divergence(
-            model: Any, batch: Batch, reference: jax.Array, counts: jax.Array | None
-        ) -> jax.Array:
-            return _mean_divergence(reference, run(model, batch.whole()), counts)
-
-        self._batches, self._divergence = batches, divergence
+        logits_of, self._divergence = _programs(jit, run)
+        self._batches = batches
         self._references = [logits_of(model, batch) for batch in batches]
         for number, reference in enumerate(self._references):
             if not bool(jnp.isfinite(reference).all()):
@@ -285,6 +290,25 @@ class Divergence:
             for batch, reference, counts in arguments
         ]
         return float(np.average(divergences, weights=self._num_rows))
+
+
+@cached_program
+def _programs(
+    jit: Callable[..., Any], run: Callable[[Any, Any], Any]
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """The jitted functions `logits_of` and `divergence`."""
+
+    @jit
+    def logits_of(model: Any, batch: Batch) -> jax.Array:
+        return run(model, batch.whole())
+
+    @jit
+    def divergence(
+        model: Any, batch: Batch, reference: jax.Array, counts: jax.Array | None
+    ) -> jax.Array:
+        return _mean_divergence(reference, run(model, batch.whole()), counts)
+
+    return logits_of, divergence
 
 
 def _mean_divergence(

@@ -8,10 +8,22 @@ the Hessian.
 """
 
 from jaxq.nn.calibration._batches import Batch, as_batches
+from jaxq.nn.calibration._linen import (
+    LinenFunction,
+    collect_linen_stats,
+    linen_call_order,
+    run_linen,
+)
 from jaxq.nn.calibration._linen import calibrate as linen_calibrate
-from jaxq.nn.calibration._linen import collect_linen_stats, linen_call_order, run_linen
 from jaxq.nn.calibration._modes import eval_copy, train_mode_note
-from jaxq.nn.calibration._nnx import calibrate, call_order, collect_stats, run_model
+from jaxq.nn.calibration._nnx import (
+    NnxFunction,
+    calibrate,
+    call_order,
+    collect_stats,
+    run_model,
+)
+from jaxq.nn.calibration._programs import cached_program
 from jaxq.nn.calibration._stats import StatsRequest, as_stats
 from jaxq.nn.calibration._traced import (
     ParameterFunction,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+from jaxq.nn.calibration._programs import cached_program
 
 # Set during such a trace: the inputs of the calls of each layer, by path.
 _TRACED_INPUTS: contextvars.ContextVar[dict[str, list[Any]] | None] = (
@@ -37,22 +39,42 @@ def trace_call_order(
     """Traces `trace(*args)` to find the order in which layers are called.
 
     Args:
-      trace: runs the model. Each call of a layer must call `record_call`.
+      trace: runs the model. Each call of a layer must call `record_call`. Later calls
+        with an equal function and equal shapes do not trace again.
       *args: arguments of `trace`. Their arrays become tracers.
 
     Returns:
       A dict from the path of each layer to one number for each call, in the order of
       the first calls. Two calls have the same number if they read the same array.
     """
-    calls: dict[str, list[Any]] = {}
-    token = _TRACED_INPUTS.set(calls)
-    try:
-        jax.eval_shape(trace, *args)
-    finally:
-        _TRACED_INPUTS.reset(token)
-    # `calls` keeps all inputs alive, so no two of them have the same id.
-    numbers: dict[int, int] = {}
-    return {
-        path: tuple(numbers.setdefault(id(x), len(numbers)) for x in inputs)
-        for path, inputs in calls.items()
-    }
+    return dict(jax.eval_shape(_program(trace), *args).calls)
+
+
+@jax.tree_util.register_static
+class _CallOrder(NamedTuple):
+    """(path, numbers of the inputs) of each layer, as a static result of a trace."""
+
+    calls: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@cached_program
+def _program(trace: Callable[..., None]) -> Callable[..., _CallOrder]:
+    """A jitted function that finds the order of the calls in `trace`."""
+
+    @jax.jit
+    def find(*args: Any) -> _CallOrder:
+        calls: dict[str, list[Any]] = {}
+        token = _TRACED_INPUTS.set(calls)
+        try:
+            trace(*args)
+        finally:
+            _TRACED_INPUTS.reset(token)
+        # `calls` keeps all inputs alive, so no two of them have the same id.
+        numbers: dict[int, int] = {}
+        order = []
+        for path, inputs in calls.items():
+            own = tuple(numbers.setdefault(id(x), len(numbers)) for x in inputs)
+            order.append((path, own))
+        return _CallOrder(tuple(order))
+
+    return find

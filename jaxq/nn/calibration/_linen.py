@@ -9,6 +9,7 @@ layer raises an error.
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -375,7 +376,39 @@ def linen_call_order(
 ) -> dict[str, tuple[int, ...]]:
     """The same as `call_order` of `_nnx.py`, for a linen module."""
 
-    def trace(variables: Any, batch: Batch) -> None:
+    trace = _Trace(LinenFunction(module, forward), linen_kinds())
+    return trace_call_order(trace, variables, Batch.of(batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenFunction:
+    """A linen module as a function of its variables. Equal modules are equal functions.
+
+    Attributes:
+      module: a linen module.
+      forward: `forward(module, variables, batch)` runs a batch. None uses `apply`.
+    """
+
+    module: linen.Module
+    forward: Forward | None
+
+    def __call__(self, variables: Any, batch: Any) -> Any:
+        return run_linen(self.module, variables, batch, self.forward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """Runs a batch, and records the calls of the layers.
+
+    Attributes:
+      function: runs the batch.
+      kinds: all kinds of layers. With another kind, the trace sees other layers.
+    """
+
+    function: LinenFunction
+    kinds: tuple[LinenKind, ...]
+
+    def __call__(self, variables: Any, batch: Batch) -> None:
         def watch(
             call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
         ) -> Any:
@@ -386,9 +419,7 @@ def linen_call_order(
             return call(*args, **kwargs)
 
         with linen.intercept_methods(watch):
-            run_linen(module, variables, batch.whole(), forward)
-
-    return trace_call_order(trace, variables, Batch.of(batch))
+            self.function(variables, batch.whole())
 
 
 def _split_input(

@@ -8,6 +8,7 @@ The size of the statistics does not depend on the amount of data.
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -223,11 +224,33 @@ def call_order(
     copy = eval_copy(model)
     dict(_attach_probes(copy, StatsRequests(None, StatsRequest(hessian=False))))
     graph, state = nnx.split(copy)
+    return trace_call_order(_Trace(NnxFunction(graph, forward)), state, Batch.of(batch))
 
-    def trace(state: Any, batch: Batch) -> None:
-        run_model(nnx.merge(graph, state), batch.whole(), forward)
 
-    return trace_call_order(trace, state, Batch.of(batch))
+@dataclasses.dataclass(frozen=True)
+class NnxFunction:
+    """An nnx model as a function of its state. Equal models give equal functions.
+
+    Attributes:
+      graph: the graph of the model.
+      forward: `forward(model, batch)` runs a batch. None calls the model.
+    """
+
+    graph: nnx.GraphDef
+    forward: Callable[[Any, Any], Any] | None
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        return run_model(nnx.merge(self.graph, state), batch, self.forward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """Runs a batch that was an argument of a jitted function."""
+
+    function: NnxFunction
+
+    def __call__(self, state: Any, batch: Batch) -> None:
+        self.function(state, batch.whole())
 
 
 def run_model(model: Any, batch: Any, forward: Callable | None) -> Any:

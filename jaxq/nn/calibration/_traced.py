@@ -21,6 +21,7 @@ from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._origins import Origin, Other, View
 from jaxq.nn.calibration._product import Product
 from jaxq.nn.calibration._product_visitor import Products
+from jaxq.nn.calibration._programs import cached_program
 from jaxq.nn.calibration._stats import StatsRequest, check_stats, initial_stats
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor
@@ -30,7 +31,8 @@ class ParameterFunction(NamedTuple):
     """A function of parameters and a batch.
 
     Attributes:
-      run: `run(leaves, batch)`.
+      run: `run(leaves, batch)`. Later calls with an equal function and equal shapes
+        neither trace nor compile again.
       leaves: the leaves of the parameters. A leaf is an array, a QTensor, or any other
         object.
     """
@@ -101,24 +103,10 @@ def find_uses(
     Returns:
       The use of each group.
     """
-    products: dict[Any, Product] = {}
-    # `id` identifies a tracer, so the tracers in the `Products` must stay alive.
-    watcher: list[Products] = []
-
-    def visit(product: Product, state: Any) -> Any:
-        products.setdefault((product.leaf, product.key), product)
-        return state
-
-    def trace(arrays: dict[int, Any], batch: Batch) -> None:
-        watcher.append(_visit_products(function, arrays, batch, visit, ()))
-
-    jax.eval_shape(trace, _arrays(function.leaves), Batch.of(batch))
-    numbers: dict[int, int] = {}
-    inputs = {
-        key: numbers.setdefault(id(product.x), len(numbers))
-        for key, product in products.items()
-    }
-    return {group: _use(group, products, inputs, watcher[0]) for group in groups}
+    groups = tuple(groups)
+    program = _uses_program(_Program.of(function), groups)
+    found = jax.eval_shape(program, _arrays(function.leaves), Batch.of(batch))
+    return dict(zip(groups, found.uses, strict=True))
 
 
 def collect_traced_stats(
@@ -145,34 +133,137 @@ def collect_traced_stats(
         later batch uses a parameter in another way than the first one.
     """
     arrays = _arrays(function.leaves)
-
-    def visit(product: Product, state: dict[str, LayerStats]) -> dict[str, LayerStats]:
-        state = dict(state)
-        for name, group in watched.items():
-            if product.leaf in group.leaves:
-                state[name] = _with_product(state[name], product, group, name, caller)
-        return state
-
-    @jax.jit
-    def step(arrays: Any, state: Any, batch: Batch, counts: Any) -> Any:
-        with only_rows(counts):
-            return _visit_products(function, arrays, batch, visit, state).state
-
+    factors = {
+        name: jnp.asarray(group.request.input_scale)
+        for name, group in watched.items()
+        if group.request.input_scale is not None
+    }
+    groups = {
+        # An array has no hash, so the factors are an argument of the program.
+        name: group._replace(request=group.request._replace(input_scale=None))
+        for name, group in watched.items()
+    }
+    step = _statistics_program(_Program.of(function), tuple(groups.items()), caller)
     state = {name: _empty_stats(function, group) for name, group in watched.items()}
 
     def run(batch: Batch, counts: jax.Array | None) -> None:
         nonlocal state
-        state = step(arrays, state, batch, counts)
+        state = step(arrays, factors, state, batch, counts)
 
     run_batches(run, batches, caller=caller, mask=mask, progress=progress)
     check_stats(state, caller)
     return state
 
 
+class _Program(NamedTuple):
+    """A `ParameterFunction` without its arrays, which are arguments.
+
+    Attributes:
+      run: as in `ParameterFunction`.
+      others: the leaves that are not arrays, with their types, because 1 == True. None
+        in place of each array.
+    """
+
+    run: Callable[[list[Any], Any], Any]
+    others: tuple[tuple[type, Any] | None, ...]
+
+    @classmethod
+    def of(cls, function: ParameterFunction) -> _Program:
+        arrays = _arrays(function.leaves)
+        others = tuple(
+            None if position in arrays else (type(leaf), leaf)
+            for position, leaf in enumerate(function.leaves)
+        )
+        return cls(function.run, others)
+
+    def __call__(self, arrays: dict[int, Any], batch: Batch) -> Any:
+        leaves = [
+            arrays[position] if other is None else other[1]
+            for position, other in enumerate(self.others)
+        ]
+        return self.run(leaves, batch.whole())
+
+
+@jax.tree_util.register_static
+class _Uses(NamedTuple):
+    """The use of each group, as a static result of a jitted function."""
+
+    uses: tuple[Use, ...]
+
+
+@cached_program
+def _uses_program(
+    program: _Program, groups: tuple[tuple[int, ...], ...]
+) -> Callable[..., _Uses]:
+    """A jitted function that finds the uses of groups of parameters."""
+
+    @jax.jit
+    def find(arrays: dict[int, Any], batch: Batch) -> _Uses:
+        products: dict[Any, Product] = {}
+
+        def visit(product: Product, state: Any) -> Any:
+            products.setdefault((product.leaf, product.key), product)
+            return state
+
+        # `id` identifies a tracer, so the tracers in `watcher` must stay alive.
+        watcher = _visit_products(program, arrays, batch, visit, ())
+        numbers: dict[int, int] = {}
+        inputs = {
+            key: numbers.setdefault(id(product.x), len(numbers))
+            for key, product in products.items()
+        }
+        uses = [_use(group, products, inputs, watcher) for group in groups]
+        return _Uses(tuple(uses))
+
+    return find
+
+
+@cached_program
+def _statistics_program(
+    program: _Program, watched: tuple[tuple[str, Watched], ...], caller: str
+) -> Callable[..., dict[str, LayerStats]]:
+    """A jitted function that adds a batch to the statistics of parameters."""
+
+    @jax.jit
+    def step(
+        arrays: Any,
+        factors: dict[str, jax.Array],
+        state: Any,
+        batch: Batch,
+        counts: Any,
+    ) -> dict[str, LayerStats]:
+        def visit(product: Product, state: dict[str, LayerStats]) -> Any:
+            state = dict(state)
+            for name, group in watched:
+                if product.leaf in group.leaves:
+                    state[name] = _with_product(
+                        state[name], product, group, factors.get(name), name, caller
+                    )
+            return state
+
+        with only_rows(counts):
+            return _visit_products(program, arrays, batch, visit, state).state
+
+    return step
+
+
 def _with_product(
-    stats: LayerStats, product: Product, group: Watched, name: str, caller: str
+    stats: LayerStats,
+    product: Product,
+    group: Watched,
+    factors: jax.Array | None,
+    name: str,
+    caller: str,
 ) -> LayerStats:
     """The statistics of a parameter after one more product.
+
+    Args:
+      stats: the statistics before the product.
+      product: the product.
+      group: the parameter and what to collect.
+      factors: multiply the input, `[*batch, K]`. None does not multiply.
+      name: the name of the parameter.
+      caller: the name that error messages begin with.
 
     Raises:
       ValueError: the product has other axes than the use of the parameter.
@@ -186,27 +277,22 @@ def _with_product(
         )
     position = tuple(product.index.get(axis, slice(None)) for axis in product.batch)
     own_stats = jax.tree.map(lambda leaf: leaf[position], stats)
-    request, factors = group.request, None
-    if request.input_scale is not None:
-        factors = jnp.asarray(request.input_scale)[position]
-    own_stats = add_rows(own_stats, product.rows, name, request.observer, factors)
+    if factors is not None:
+        factors = factors[position]
+    observer = group.request.observer
+    own_stats = add_rows(own_stats, product.rows, name, observer, factors)
     return jax.tree.map(lambda leaf, own: leaf.at[position].set(own), stats, own_stats)
 
 
 def _visit_products(
-    function: ParameterFunction,
+    program: _Program,
     arrays: dict[int, Any],
     batch: Batch,
     visit: Callable[[Product, Any], Any],
     state: Any,
 ) -> Products:
     """Traces a function, and evaluates it with `visit`. Returns the `Products`."""
-
-    def run(arrays: dict[int, Any], batch: Batch) -> Any:
-        leaves = [arrays.get(i, leaf) for i, leaf in enumerate(function.leaves)]
-        return function.run(leaves, batch.whole())
-
-    closed = jax.make_jaxpr(run)(arrays, batch)
+    closed = jax.make_jaxpr(program)(arrays, batch)
     origins: list[Origin] = []
     shapes: dict[int, tuple[int, ...]] = {}
     for position, value in arrays.items():

@@ -14,10 +14,10 @@ from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict
 
 from jaxq.nn.calibration import (
+    LinenFunction,
     StatsRequest,
     collect_linen_stats,
     linen_call_order,
-    run_linen,
 )
 from jaxq.nn.layers import (
     Forward,
@@ -337,14 +337,9 @@ class LinenAdapter:
 
     def runs(self, options: Options) -> tuple[Run, Run]:
         quantized, variables = self.finish()
-
-        def run_of(module: linen.Module, variables: Any) -> Run:
-            def function(variables: Any, batch: Any) -> Any:
-                return run_linen(module, variables, batch, options.forward)
-
-            return Run(function, variables)
-
-        return run_of(self._module, self._variables), run_of(quantized, variables)
+        before = LinenFunction(self._module, options.forward)
+        after = LinenFunction(quantized, options.forward)
+        return Run(before, self._variables), Run(after, variables)
 
     def rows(self, rows: Mapping[Hashable, Row]) -> list[Row]:
         kinds = {slot.place: slot.kind.name for slot in self._slots}

@@ -15,7 +15,7 @@ from flax import linen
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxq.nn.calibration import Batch, run_linen
+from jaxq.nn.calibration import Batch, LinenFunction
 from jaxq.nn.layers import Forward, folded_kernel
 from jaxq.nn.transform._linen import check_module
 from jaxq.nn.transform._model_error import Run
@@ -88,10 +88,7 @@ def fold_batch_norm(
     """
     check_module(module, variables, CALLER)
     options = Options(caller=CALLER, calibration=[batch], forward=forward)
-
-    def run(variables: Any, batch: Any) -> Any:
-        return run_linen(module, variables, batch, forward)
-
+    run = LinenFunction(module, forward)
     modules: dict[str, Any] = {}
     trace = _trace(run, variables, batch, modules)
     batch_norms = [

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import metrics
-from jaxq.nn.calibration import Batch
+from jaxq.nn.calibration import Batch, cached_program
 from jaxq.nn.transform._options import Options
 
 
@@ -22,7 +22,8 @@ class Run(NamedTuple):
     """A model, ready to run batches under jit.
 
     Attributes:
-      function: `function(arrays, batch)` returns the outputs.
+      function: `function(arrays, batch)` returns the outputs. Later calls with an equal
+        function and equal shapes compile nothing.
       arrays: a tree of the arrays of the model.
     """
 
@@ -85,19 +86,30 @@ def _squares_of_outputs(
     assert options.batches
     batch = options.batches[0]
     counts = None if options.mask is None else jnp.asarray(options.mask(batch))
+    squares = _squares_program(before.function, after.function)
+    pairs = squares(before.arrays, after.arrays, Batch.of(batch), counts)
+    return [(_in_float64(*signal), _in_float64(*noise)) for signal, noise in pairs]
+
+
+@cached_program
+def _squares_program(
+    before: Callable[[Any, Any], Any], after: Callable[[Any, Any], Any]
+) -> Callable[..., list[Any]]:
+    """A jitted function that compares the outputs of two models."""
 
     @jax.jit
-    def squares(arrays: Any, other_arrays: Any, batch: Batch, counts: Any) -> Any:
-        outputs = jax.tree.leaves(before.function(arrays, batch.whole()))
-        others = jax.tree.leaves(after.function(other_arrays, batch.whole()))
+    def squares(
+        arrays: Any, other_arrays: Any, batch: Batch, counts: Any
+    ) -> list[tuple[Any, Any]]:
+        outputs = jax.tree.leaves(before(arrays, batch.whole()))
+        others = jax.tree.leaves(after(other_arrays, batch.whole()))
         return [
             _squares(a, b, counts)
             for a, b in zip(outputs, others, strict=True)
             if _is_floats(a)
         ]
 
-    pairs = squares(before.arrays, after.arrays, Batch.of(batch), counts)
-    return [(_in_float64(*signal), _in_float64(*noise)) for signal, noise in pairs]
+    return squares
 
 
 def _squares(a: jax.Array, b: jax.Array, counts: jax.Array | None) -> tuple:

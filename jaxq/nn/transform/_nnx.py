@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from jaxq.nn.calibration import (
+    NnxFunction,
     ParameterFunction,
     StatsRequest,
     Use,
@@ -207,6 +208,22 @@ class _Place:
     layer: Any
     kind: LayerKind
     variable: nnx.Variable
+
+
+@dataclasses.dataclass(frozen=True)
+class _LeavesFunction:
+    """An nnx model as a function of the leaves of its state.
+
+    Attributes:
+      function: the model as a function of its state.
+      structure: the tree structure of the state.
+    """
+
+    function: NnxFunction
+    structure: Any
+
+    def __call__(self, leaves: Sequence[Any], batch: Any) -> Any:
+        return self.function(jax.tree.unflatten(self.structure, leaves), batch)
 
 
 class NnxAdapter:
@@ -496,12 +513,8 @@ class NnxAdapter:
         """The model in its present state, as a function of its variables' values."""
         graph, state = nnx.split(eval_copy(self._model))
         leaves, structure = jax.tree.flatten(state, is_leaf=is_quantized)
-
-        def run(leaves: Sequence[Any], batch: Any) -> Any:
-            model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-            return run_model(model, batch, self._options.forward)
-
-        return ParameterFunction(run, leaves)
+        function = NnxFunction(graph, self._options.forward)
+        return ParameterFunction(_LeavesFunction(function, structure), leaves)
 
     def _variable_paths(self) -> list[str]:
         """The path of the variable of each leaf of `_function`."""

@@ -8,7 +8,7 @@ shows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq.jaxprs import inner_jaxprs
-from jaxq.nn.calibration import Batch, eval_copy, run_model
+from jaxq.nn.calibration import Batch, NnxFunction, cached_program, eval_copy
 from jaxq.nn.transform._folding import Folded, fold_into
 from jaxq.nn.transform._model_error import Run, largest_difference
 from jaxq.nn.transform._options import Options
@@ -26,11 +26,7 @@ from jaxq.nn.transform._options import Options
 def nnx_run(model: nnx.Module, options: Options) -> Run:
     """An nnx model in eval mode, ready to run batches under jit."""
     graph, state = nnx.split(eval_copy(model))
-
-    def function(state: Any, batch: Any) -> Any:
-        return run_model(nnx.merge(graph, state), batch, options.forward)
-
-    return Run(function, state)
+    return Run(NnxFunction(graph, options.forward), state)
 
 
 def check_rotated(model: nnx.Module, rotated: nnx.Module, options: Options) -> None:
@@ -112,14 +108,22 @@ def _rounding(before: Run, after: Run, options: Options) -> float:
     stored. Other arrays of the model have no effect.
     """
     assert options.batches
-
-    def function(arrays: Any, batch: Batch) -> Any:
-        return before.function(arrays, batch.whole())
-
-    traced = jax.make_jaxpr(function)(before.arrays, Batch.of(options.batches[0]))
-    dtypes = {*_computed_dtypes(traced.jaxpr), *_changed_dtypes(before, after)}
+    batch = Batch.of(options.batches[0])
+    traced = _program(before.function).trace(before.arrays, batch)
+    dtypes = {*_computed_dtypes(traced.jaxpr.jaxpr), *_changed_dtypes(before, after)}
     steps = [float(jnp.finfo(dtype).eps) for dtype in dtypes]
     return max([_FLOAT32_ROUNDING, *np.sqrt(steps)])
+
+
+@cached_program
+def _program(function: Callable[[Any, Any], Any]) -> Any:
+    """A jitted function that runs a batch."""
+
+    @jax.jit
+    def outputs(arrays: Any, batch: Batch) -> Any:
+        return function(arrays, batch.whole())
+
+    return outputs
 
 
 def _computed_dtypes(jaxpr: Any) -> Iterator[Any]:

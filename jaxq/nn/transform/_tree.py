@@ -98,13 +98,15 @@ def quantize_params(
       mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
         padding. Its axes must be the first axes of the rows of every product.
       forward: `forward(params, batch)` computes the model with jax. Its result is
-        the output whose error the report shows. It is traced, and the products
-        `dot_general` (`@`, `jnp.matmul`, `jnp.einsum`) and `conv_general_dilated` of
-        each array are found. On its way to a product, an array may be cast, transposed,
-        reshaped, broadcast or indexed by layer. The products may be inside jit, vmap,
-        remat and the loops of `jax.lax`. A stack that a scan goes through has
-        statistics for each layer. The axes that the products contract replace the
-        default axes, and `contracting=` of a rule must agree with them.
+        the output whose error the report shows. It is compiled. Later calls with the
+        same function and equal shapes use the compiled program again. It is traced,
+        and the products `dot_general` (`@`, `jnp.matmul`, `jnp.einsum`) and
+        `conv_general_dilated` of each array are found. On its way to a product, an
+        array may be cast, transposed, reshaped, broadcast or indexed by layer. The
+        products may be inside jit, vmap, remat and the loops of `jax.lax`. A stack that
+        a scan goes through has statistics for each layer. The axes that the products
+        contract replace the default axes, and `contracting=` of a rule must agree with
+        them.
       sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`. Forward
         then runs with QTensors among the parameters. If it cannot, it runs with their
         dequantized arrays, and the report says so. A stack of layers is one array, so
@@ -234,6 +236,22 @@ class _Leaf:
 
     def __post_init__(self):
         self.array = id(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TreeFunction:
+    """`forward` as a function of the leaves of a tree.
+
+    Attributes:
+      forward: `forward(params, batch)`.
+      structure: the tree structure of `params`.
+    """
+
+    forward: Callable[[Any, Any], Any]
+    structure: Any
+
+    def __call__(self, leaves: Sequence[Any], batch: Any) -> Any:
+        return self.forward(jax.tree.unflatten(self.structure, leaves), batch)
 
 
 class TreeAdapter:
@@ -428,10 +446,7 @@ class TreeAdapter:
         """
         forward = self._options.forward
         assert forward is not None
-
-        def run(leaves: Sequence[Any], batch: Any) -> Any:
-            return forward(jax.tree.unflatten(self._structure, leaves), batch)
-
+        run = _TreeFunction(forward, self._structure)
         leaves = [leaf.value for leaf in self._leaves]
         has_quantized = any(
             is_quantized(leaf.value) and not is_quantized(array)
