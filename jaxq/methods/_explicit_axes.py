@@ -33,6 +33,8 @@ def on_explicit_axes(
       method: takes arrays, and returns a pytree of arrays and QTensors.
     """
 
+    untyped_method: Any = method
+
     @functools.wraps(method)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         leaves, treedef = jax.tree.flatten((args, kwargs))
@@ -42,16 +44,15 @@ def on_explicit_axes(
         if not explicit:
             return method(*args, **kwargs)
 
-        def call(arrays: Sequence[jax.Array]) -> _Result:
+        def call(arrays: Sequence[jax.Array]) -> Any:
             replaced = list(leaves)
             for i, array in zip(places, arrays, strict=True):
                 replaced[i] = array
             args, kwargs = jax.tree.unflatten(treedef, replaced)
-            return method(*args, **kwargs)
+            return untyped_method(*args, **kwargs)
 
-        mesh: Any
         if any(is_traced(x) for x in explicit):
-            mesh = jax.typeof(explicit[0]).sharding.mesh
+            mesh: Any = jax.typeof(explicit[0]).sharding.mesh
             shapes = jax.eval_shape(call, [_without_mesh(x) for x in arrays])
             return call_on_auto_axes(call, _specs(shapes, explicit, mesh), arrays)
         # The method may look at numbers, so its arrays stay concrete.
