@@ -27,12 +27,12 @@ class _Named(NamedTuple):
     @property
     def fields(self) -> str:
         """The arguments of a `jaxq.Rule` that differ from the defaults."""
-        shown = {"weight": self.weight, "activation": self.activation}
-        shown["observer"] = self.observer
-        if self.method != "rtn":
-            shown["method"] = self.method
+        names = ("weight", "activation", "observer", "method")
+        shown = {name: getattr(self, name) for name in names}
         return ", ".join(
-            f"{name}={value!r}" for name, value in shown.items() if value is not None
+            f"{name}={value!r}"
+            for name, value in shown.items()
+            if value != self._field_defaults.get(name)
         )
 
 
