@@ -78,6 +78,8 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
 
     Raises:
       FileNotFoundError: the file does not exist.
+      OSError: the file cannot be read: it is a folder or a pipe, or the system refuses
+        it. The error names the file.
       TypeError: `into` is a linen module.
       ValueError: the file was not written by jaxq.save, or has another format version,
         or is damaged. The error names the file and the value.
