@@ -179,7 +179,7 @@ def test_arguments_in_another_order_are_named(model, choices, got):
     message = rf"choices must be a list of preset names.* got a \w*{got}"
     with pytest.raises(TypeError, match=rf"^sensitivity: {message}"):
         sensitivity(model, choices, CHOICES)
-    module, variables = linen_model(model)
+    module, variables = LinenModel(), linen_variables(model)
     with pytest.raises(TypeError, match=rf"^linen\.sensitivity: {message}"):
         jaxq.nn.linen.sensitivity(module, variables, choices, CHOICES)
 
