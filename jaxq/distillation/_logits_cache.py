@@ -27,7 +27,13 @@ import numpy as np
 from jaxq.distillation._cached_teacher import CachedTeacher
 from jaxq.distillation._model import split_batch
 from jaxq.distillation._top_k import TopK, checked_top_k
-from jaxq.files import NewFile, TensorFile, remove_leftovers, write_tensors
+from jaxq.files import (
+    NewFile,
+    TensorFile,
+    naming_errors,
+    remove_leftovers,
+    write_tensors,
+)
 from jaxq.progress import with_progress
 
 FORMAT = "jaxq.distillation.logits"
@@ -377,7 +383,8 @@ def _prepare_folder(
             )
         folder.mkdir()
         return None
-    remove_leftovers(folder)
+    with naming_errors(folder, caller, "the folder cannot be read"):
+        remove_leftovers(folder)
     manifest = _read_manifest(folder, caller)
     if manifest is None:
         others = [path.name for path in folder.iterdir() if path.suffix != ".partial"]

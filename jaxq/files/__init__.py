@@ -6,10 +6,13 @@ open file. This package knows bytes and arrays only.
 """
 
 from jaxq.files._new_file import NewFile as NewFile
-from jaxq.files._new_file import check_folder as check_folder
+from jaxq.files._new_file import leftovers as leftovers
 from jaxq.files._new_file import locked_folder as locked_folder
 from jaxq.files._new_file import remove_leftovers as remove_leftovers
 from jaxq.files._new_file import sync_folder as sync_folder
+from jaxq.files._paths import check_folder as check_folder
+from jaxq.files._paths import is_file as is_file
+from jaxq.files._paths import naming_errors as naming_errors
 from jaxq.files._read_tensors import RefusedFile as RefusedFile
 from jaxq.files._read_tensors import TensorFile as TensorFile
 from jaxq.files._read_tensors import TensorHeader as TensorHeader

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxq.files._paths import naming_errors, refuse_other_kinds
+
 try:
     import fcntl
 except ImportError:  # Windows has no locks of this kind
@@ -64,7 +66,8 @@ class NewFile:
             if kind is None and self._temporary is not None:
                 self.sync()
                 self.replace()
-                sync_folder(self.path.parent)
+                with self._naming_errors():
+                    sync_folder(self.path.parent)
         finally:
             self._discard()
 
@@ -94,10 +97,7 @@ class NewFile:
             return None
         if stat.S_ISLNK(status.st_mode):
             return None
-        if stat.S_ISDIR(status.st_mode):
-            raise OSError(errno.EISDIR, "it is a folder")
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EEXIST, "it is a pipe, a socket or a device")
+        refuse_other_kinds(status.st_mode)
         return stat.S_IMODE(status.st_mode) & 0o777
 
     def _open(self, mode: int | None) -> None:
@@ -129,23 +129,21 @@ class NewFile:
             with contextlib.suppress(OSError):  # a full disk has raised before
                 self._file.close()
 
-    @contextlib.contextmanager
-    def _naming_errors(self) -> Iterator[None]:
+    def _naming_errors(self) -> contextlib.AbstractContextManager[None]:
         """Errors of the system name the target instead of the temporary file."""
-        try:
-            yield
-        except OSError as error:
-            reason = f"{self._caller}: the file cannot be written: "
-            reason += error.strerror or str(error)
-            raise OSError(error.errno or 0, reason, str(self.path)) from error
+        return naming_errors(self.path, self._caller, "the file cannot be written")
 
 
-def check_folder(path: Path, caller: str) -> None:
-    """Raises FileNotFoundError if the folder of `path` does not exist."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{caller}: the folder {path.parent} does not exist. Create it first."
-        )
+def leftovers(folder: Path, name: str | None = None) -> list[str]:
+    """The names of temporary files in a folder, of killed saves and of running ones.
+
+    Args:
+      folder: the folder.
+      name: the name of a target. None means all targets.
+    """
+    start = r"\..*\." if name is None else re.escape(_start_of_name(name))
+    leftover = re.compile(start + _RANDOM + re.escape(_SUFFIX), re.DOTALL)
+    return [entry for entry in os.listdir(folder) if leftover.fullmatch(entry)]
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -159,13 +157,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """
     if fcntl is None:
         return
-    start = r"\..*\." if name is None else re.escape(_start_of_name(name))
-    leftover = re.compile(start + _RANDOM + re.escape(_SUFFIX), re.DOTALL)
-    for entry in os.listdir(folder):
-        if leftover.fullmatch(entry):
-            # The file can vanish at any moment, or belong to another user.
-            with contextlib.suppress(OSError):
-                _remove_if_free(folder / entry)
+    for entry in leftovers(folder, name):
+        # The file can vanish at any moment, or belong to another user.
+        with contextlib.suppress(OSError):
+            _remove_if_free(folder / entry)
 
 
 @contextlib.contextmanager

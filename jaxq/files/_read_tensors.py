@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxq.files._checksums import CHUNK, Checksums, checksum, read_checksums
 from jaxq.files._part_bytes import PartBytes
+from jaxq.files._paths import naming_errors
 from jaxq.files._write_tensors import DTYPES
 
 METADATA = "__metadata__"
@@ -73,14 +74,15 @@ class TensorFile:
     Raises:
       RefusedFile: the file is not a whole safetensors file, or its header does not have
         its checksum.
-      OSError: the file cannot be opened or read.
+      OSError: the file cannot be opened or read. The error names the file.
     """
 
     def __init__(self, path: Path, caller: str, *, verify: bool = True):
         self.path = path
         self._caller = caller
         # Without a buffer, because tensors are read straight into their arrays.
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        with naming_errors(path, caller, "the file cannot be read"):
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         try:
             self.metadata, self.headers = self._read_header()
             self._checksums = self._read_checksums() if verify else None

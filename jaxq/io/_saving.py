@@ -99,6 +99,8 @@ def load(
 
     Raises:
       FileNotFoundError: the file does not exist.
+      OSError: the file cannot be read: it is a folder or a pipe, or the system refuses
+        it. The error names the file.
       TypeError: `into` is a linen module; or there are rules and no mesh.
       ValueError: a shard would cut a group or a byte, or a rule matches nothing, as in
         `jaxq.sharding.place`.

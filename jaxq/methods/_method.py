@@ -169,6 +169,10 @@ class Method:
     own_activation: bool = False
     takes_nearest: bool = False
 
+    def __hash__(self) -> int:
+        """By the name, because `options` is a mapping, which may have no hash."""
+        return hash(self.name)
+
     def __post_init__(self):
         if not (isinstance(self.name, str) and self.name):
             self._refuse("name", "a non-empty string")

@@ -24,7 +24,10 @@ from jaxq.files import (
     NewFile,
     TensorFile,
     TensorHeader,
+    is_file,
+    leftovers,
     locked_folder,
+    naming_errors,
     remove_leftovers,
     sync_folder,
     write_tensors,
@@ -40,6 +43,7 @@ _SINGLE = "model.safetensors"
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 _SAVED_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _SAVE = "jaxq.models.save"
+_LOAD = "jaxq.models.load"
 _TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
@@ -190,7 +194,8 @@ def save(
             architecture has the features of its config; or a layer transforms its
             inputs (`rotate` with `online=`), because the files cannot express that;
             or `dtype` is not a float dtype of at least 16 bits.
-        OSError: a file cannot be written. The error names the file.
+        OSError: the directory cannot be made, or a file cannot be written. The error
+            names it.
 
     Example:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
@@ -221,8 +226,9 @@ def save(
         texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
         texts["tokenizer_config.json"] = _json_text(_TOKENIZER_CONFIG)
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    _write_directory(path, tensors, texts)
+    with naming_errors(path, _SAVE, "the directory cannot be written"):
+        path.mkdir(parents=True, exist_ok=True)
+        _write_directory(path, tensors, texts)
 
 
 # The model's side.
@@ -348,17 +354,43 @@ def _parse_config(file: Path, text: str, scan_layers: bool) -> LlamaConfig:
 
 
 def _require_file(path: Path, name: str) -> Path:
-    if not (path / name).is_file():
+    if is_file(path / name, _LOAD):
+        return path / name
+    if name == _CONFIG and _is_interrupted(path):
         raise FileNotFoundError(
-            f"jaxq.models.load: {path} has no {name}; expected a Hugging Face model "
-            "directory. Check the path, or download the directory again."
+            f"{_LOAD}: {path} has no {name}, because a save was interrupted or still "
+            f"runs. {_remaining(path)} Save the model again."
         )
-    return path / name
+    raise FileNotFoundError(
+        f"{_LOAD}: {path} has no {name}; expected a Hugging Face model directory. "
+        "Check the path, or download the directory again."
+    )
+
+
+def _is_interrupted(path: Path) -> bool:
+    """Whether a directory has the temporary files of a save that did not end."""
+    try:
+        return bool(leftovers(path))
+    except OSError:  # the directory does not exist, or cannot be listed
+        return False
+
+
+def _remaining(path: Path) -> str:
+    """What an interrupted save has left in a directory."""
+    names = sorted(file.name for file in path.iterdir() if file.name[0] != ".")
+    if not names:
+        return "The directory has no other file."
+    return (
+        f"The files that remain are {', '.join(names)}. They may be those of the old "
+        "model or those of the new one."
+    )
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with naming_errors(path, _LOAD, "the file cannot be read"):
+            data = path.read_bytes()
+        return data.decode()
     except ValueError as error:
         raise ValueError(
             f"jaxq.models.load: {path} is damaged: {error}. Download it again."
@@ -374,7 +406,7 @@ def _parse_json(path: Path, text: str) -> Any:
 
 def _load_tokenizer(path: Path) -> Any:
     """The tokenizer of a file, or None if there is no file."""
-    if not path.is_file():
+    if not is_file(path, _LOAD):
         return None
     try:
         from tokenizers import Tokenizer
@@ -402,7 +434,7 @@ def _open_tensors(
             that the index names, or is in two files.
     """
     index_path = path / _INDEX
-    index = _read_index(index_path) if index_path.is_file() else None
+    index = _read_index(index_path) if is_file(index_path, _LOAD) else None
     names = [_SINGLE] if index is None else sorted(set(index.values()))
     tensors: dict[str, TensorFile] = {}
     for file_name in names:

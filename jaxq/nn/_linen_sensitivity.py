@@ -65,7 +65,7 @@ def sensitivity(
 
     Raises:
       TypeError: `module` is not a float linen module; `variables` has no "params";
-        `batches` is a single batch; `choices` is a single name.
+        `batches` is a single batch; `choices` is not a list of names.
       ValueError: the module cannot be called with the first batch. The errors of
         `jaxq.nn.sensitivity` are raised too.
 

@@ -105,7 +105,7 @@ def sensitivity(
 
     Raises:
       TypeError: `model` is not an nnx module; `batches` is a single batch; `choices`
-        is a single name.
+        is not a list of names.
       ValueError: there is no batch or no choice; a preset is unknown; the model has no
         layer that a named recipe quantizes; the mask does not fit the logits or is
         False everywhere; the logits of the float model are not finite.
@@ -188,13 +188,22 @@ def checked_arguments(
     """The spec of each choice by its name, and the batches.
 
     Raises:
-      TypeError: `batches` is a single batch, or `choices` is a single name.
+      TypeError: `batches` is a single batch, or `choices` is not a list of names.
       ValueError: there is no batch or no choice, or a preset is unknown.
     """
     if isinstance(choices, str):
         raise TypeError(
             f"{caller}: choices must be a list of preset names, got {choices!r}. "
             f"Pass [{choices!r}]."
+        )
+    is_list = isinstance(choices, list | tuple | dict)
+    if not is_list or not all(isinstance(name, str) for name in choices):
+        kinds = sorted({type(name).__name__ for name in choices}) if is_list else []
+        got = type(choices).__name__ + (f" of {', '.join(kinds)}" if kinds else "")
+        raise TypeError(
+            f"{caller}: choices must be a list of preset names, such as ['int8', "
+            f"'int4'], got a {got}. The batches of inputs are the argument after "
+            "choices."
         )
     specs = {name: as_spec(name, caller) for name in choices}
     checked = [Batch.of(batch) for batch in as_batches(batches, caller)]

@@ -38,7 +38,7 @@ from jaxq.qtensor._leaf_specs import (
     sharded_storage,
 )
 from jaxq.qtensor._mesh_axes import axes_of_array, mesh_axes, shard_like
-from jaxq.qtensor._meta import Meta
+from jaxq.qtensor._meta import Meta, input_size
 from jaxq.qtensor._nnx_types import is_linen_module as is_linen_module
 from jaxq.qtensor._nnx_types import is_nnx_module, is_nnx_state, is_nnx_variable
 from jaxq.qtensor._partition import combine, partition
@@ -49,7 +49,7 @@ from jaxq.qtensor._quantize import quantize, quantize_array, without_gradient
 from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._row_codes import row_codes, row_quotients, row_scale
 from jaxq.qtensor._scale_rules import ScaleRule
-from jaxq.qtensor._spec import QuantSpec, as_static
+from jaxq.qtensor._spec import QuantSpec, activation_problem, as_static
 from jaxq.qtensor._storage_axes import storage_axes
 from jaxq.qtensor._trained_weight import (
     QUANTIZED,
@@ -60,13 +60,13 @@ from jaxq.qtensor._trained_weight import (
 
 # What users need. The other rooms of the package also import the names that are not
 # listed: FLOATS, LEAVES, ON_NONFINITE, QUANTIZED, RANGE_GRADIENTS, TRAINED_LEAVES,
-# ErrorContext, Meta, RangeGradient, ScaleRule, as_activation_spec, as_spec, as_static,
-# axes_of_array, check_floats, check_key, check_leaves, decode_blocks, describe,
-# divisible, find_cuts, inside_range, is_nnx_module, is_nnx_state, is_nnx_variable,
-# is_qtensor, is_quantized, is_traced, leaf_dtypes, leaf_specs, mesh_axes, num_shards,
-# quantize_array, raise_if_not_finite, range_options, register_matmul, resolve,
-# row_codes, row_quotients, row_scale, shard_like, sharded_storage, storage_axes,
-# with_margin, without_gradient and without_padding.
+# ErrorContext, Meta, RangeGradient, ScaleRule, activation_problem, as_activation_spec,
+# as_spec, as_static, axes_of_array, check_floats, check_key, check_leaves,
+# decode_blocks, describe, divisible, find_cuts, inside_range, is_nnx_module,
+# is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, leaf_dtypes,
+# leaf_specs, mesh_axes, num_shards, quantize_array, raise_if_not_finite, range_options,
+# register_matmul, resolve, row_codes, row_quotients, row_scale, shard_like,
+# sharded_storage, storage_axes, with_margin, without_gradient and without_padding.
 __all__ = [
     "Geometry",
     "Granularity",

@@ -148,6 +148,16 @@ class Meta:
         )
 
 
+def input_size(meta: Meta) -> int | None:
+    """The contracted elements of the float operand of a product with a QTensor.
+
+    None if there are several contracted axes: a convolution contracts other axes of its
+    input than of its kernel.
+    """
+    geometry = meta.of_whole().geometry
+    return geometry.contracted_size if geometry.num_contracted == 1 else None
+
+
 def _geometry_from_dict(data: Any) -> Geometry:
     """The geometry that `dataclasses.asdict` described, after a check of all types.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxq import formats
 from jaxq.qtensor._granularity import PerChannel, PerFlat, PerGroup, PerTensor
-from jaxq.qtensor._spec import QuantSpec
+from jaxq.qtensor._spec import QuantSpec, activation_problem
 
 
 def _group_spec(
@@ -89,7 +89,7 @@ def as_activation_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
       caller: the public function, for error messages.
 
     Raises:
-      ValueError: as `as_spec`.
+      ValueError: as `as_spec`; or the spec rounds stochastically or names an axis.
       TypeError: as `as_spec`.
 
     Example:
@@ -99,6 +99,9 @@ def as_activation_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
       True
     """
     resolved = as_spec(spec, caller)
+    problem = activation_problem(resolved)
+    if problem:
+        raise ValueError(f"{caller}: {problem}")
     return resolved.with_absmax() if isinstance(spec, str) else resolved
 
 

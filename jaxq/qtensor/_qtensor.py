@@ -24,7 +24,7 @@ from jaxq.meshes import call_on_auto_axes
 from jaxq.processes import to_numpy
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._leaf_dtypes import check_leaves
-from jaxq.qtensor._meta import Meta
+from jaxq.qtensor._meta import Meta, input_size
 from jaxq.qtensor._presets import as_activation_spec
 from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._reshape import (
@@ -35,7 +35,7 @@ from jaxq.qtensor._reshape import (
     why_not_regroup,
 )
 from jaxq.qtensor._shard_map import meta_of_part
-from jaxq.qtensor._spec import QuantSpec, as_static
+from jaxq.qtensor._spec import QuantSpec, activation_problem, as_static
 from jaxq.qtensor._storage_axes import explicit_axes
 
 # The arrays of a QTensor, in the order of its constructor.
@@ -320,10 +320,11 @@ class QTensor(ProductOperand):
 
         Raises:
           TypeError: `spec` is neither a name nor a `QuantSpec`.
-          ValueError: the preset is unknown; the spec rounds stochastically; `outliers`
-            is negative; `outliers` or `bounds` is given without a spec; or both are
-            given. With `bounds` also: a bound is not finite; low is not less than high;
-            the granularity has groups, tiles or flat blocks; or the scale of the spec
+          ValueError: the preset is unknown; the spec rounds stochastically or names an
+            axis; its groups do not divide the contracted axis; `outliers` is negative;
+            `outliers` or `bounds` is given without a spec; or both are given. With
+            `bounds` also: a bound is not finite; low is not less than high; the
+            granularity has groups, tiles or flat blocks; or the scale of the spec
             depends on more than a range.
 
         Example:
@@ -335,11 +336,10 @@ class QTensor(ProductOperand):
         activation = (
             None if spec is None else as_activation_spec(spec, "with_activation")
         )
-        if activation is not None and activation.needs_key:
-            raise ValueError(
-                "with_activation: rounding='stochastic' needs a key at every call. "
-                "Quantize x with jaxq.quantize(x, spec, key=key) before the product."
-            )
+        if activation is not None:
+            problem = activation_problem(activation, input_size(self.meta))
+            if problem:
+                raise ValueError(f"with_activation: {problem}")
         if outliers is not None:
             if activation is None or not outliers >= 0:
                 raise ValueError(

@@ -14,7 +14,13 @@ import numpy as np
 
 from jaxq import formats
 from jaxq.qtensor import _granularity
-from jaxq.qtensor._granularity import Granularity, PerChannel, PerTensor, PerToken
+from jaxq.qtensor._granularity import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
 from jaxq.qtensor._scale_rules import DEFAULT_RULE, SCALE_RULES, ScaleRule
 
 if TYPE_CHECKING:
@@ -291,6 +297,41 @@ def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
             "offset=None."
         )
     return spec.with_absmax().replace(granularity=PerTensor())
+
+
+def activation_problem(spec: QuantSpec, contracted_size: int | None = None) -> str:
+    """Why no product can quantize its input by a spec. Empty if products can.
+
+    Args:
+      spec: the spec of the input.
+      contracted_size: the number of contracted elements of the input. None if it is
+        not known.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.qtensor.activation_problem(jaxq.presets()["int8"])
+      ''
+    """
+    if spec.needs_key:
+        return (
+            "rounding='stochastic' needs a key at every call. Quantize x with "
+            "jaxq.quantize(x, spec, key=key) before the product."
+        )
+    for level in spec.levels:
+        if getattr(level.granularity, "axis", None) is not None:
+            return (
+                f"{level.granularity} names an axis. The product decides which axes of "
+                "an input are contracted. Leave axis= out."
+            )
+    groups = spec.granularity
+    if contracted_size is None or not isinstance(groups, PerGroup) or groups.pad:
+        return ""
+    if contracted_size % groups.size:
+        return (
+            f"{groups} does not divide the {contracted_size} contracted elements of an "
+            f"input. Pass PerGroup({groups.size}, pad=True)."
+        )
+    return ""
 
 
 # Checks of QuantSpec. Each function checks one group of fields.

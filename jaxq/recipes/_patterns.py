@@ -4,9 +4,9 @@
 of components, including none. A pattern that begins with "re:" is a regular expression.
 Every pattern must match the whole path.
 
-Matching a glob takes at most time in proportion to the lengths of glob and path. Some
-regular expressions take exponential time, so a recipe with "re:" patterns must come
-from somebody whom you trust.
+Matching a glob takes at most time in proportion to the length of the glob times the
+length of the path. Some regular expressions take exponential time, so a recipe with
+"re:" patterns must come from somebody whom you trust.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ class Rule:
       ValueError: both or neither of `weight` and `skip` are given; a preset, observer,
         method, option or kind is unknown; the method cannot quantize to this spec; the
         regular expression is invalid; an axis is named twice; `observer` is given
-        without `activation`, or with an activation that has no single static range.
+        without `activation`, or with an activation that has no single static range; or
+        the spec of the activation names an axis or rounds stochastically.
 
     Example:
       >>> import jaxq

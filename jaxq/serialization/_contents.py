@@ -75,6 +75,7 @@ def read_tree(path: str | os.PathLike[str], *, verify: bool = True) -> Any:
 
     Raises:
       FileNotFoundError: the file does not exist.
+      OSError: the file cannot be read. The error names the file.
       ValueError: the file was not written by jaxq, or has another format version, or is
         damaged, or holds a model.
 

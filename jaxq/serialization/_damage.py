@@ -15,7 +15,15 @@ import ml_dtypes
 import numpy as np
 
 from jaxq import formats
-from jaxq.qtensor import Geometry, QTensor, QuantSpec, leaf_dtypes
+from jaxq.qtensor import (
+    Geometry,
+    QTensor,
+    QuantSpec,
+    activation_problem,
+    as_static,
+    input_size,
+    leaf_dtypes,
+)
 
 # An array in large groups has at most so many numbers of padding for each of its own.
 _MOST_PADDING = 4096
@@ -53,6 +61,7 @@ def damage_of(qt: QTensor, shape: tuple[int, ...], *, values: bool) -> str | Non
         _geometry_damage(qt, shape)
         or _presence_damage(qt)
         or _scale_damage(qt)
+        or _activation_damage(qt)
         or _leaf_damage(qt, shape)
         or (_value_damage(qt) if values else None)
     )
@@ -123,6 +132,25 @@ def _scale_damage(qt: QTensor) -> str | None:
         return "either its scale or the scale of its spec is quantized, but not both"
     if isinstance(qt.scale, QTensor) and qt.scale.spec != scale_spec:
         return "the spec of its quantized scale is not the `scale` of its own spec"
+    return None
+
+
+def _activation_damage(qt: QTensor) -> str | None:
+    """An activation spec that no product with the QTensor could use."""
+    activation, outliers = qt.meta.activation, qt.meta.outliers
+    if activation is None:
+        return None if outliers is None else "it has outliers and no activation spec"
+    problem = activation_problem(activation, input_size(qt.meta))
+    if problem:
+        return f"its activation spec cannot be used: {problem}"
+    if qt.input_range is None:
+        return None
+    if outliers is not None:
+        return "it has both an input_range and outliers"
+    try:
+        as_static(activation, "its input_range cannot be used")
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxq.files import NewFile, TensorFile, remove_leftovers, write_tensors
+from jaxq.files import (
+    NewFile,
+    TensorFile,
+    is_file,
+    naming_errors,
+    remove_leftovers,
+    write_tensors,
+)
 
 FORMAT_VERSION = 1
 
@@ -25,7 +32,8 @@ def write_file(
     If the write fails at any moment, the old file stays as it was.
     """
     metadata = {"format": "jaxq", "jaxq": json.dumps(header)}
-    remove_leftovers(path.parent, path.name)
+    with naming_errors(path, caller, "the file cannot be written"):
+        remove_leftovers(path.parent, path.name)
     with NewFile(path, caller) as file:
         write_tensors(file, tensors, metadata)
 
@@ -34,10 +42,12 @@ def open_file(path: Path, caller: str, *, verify: bool) -> TensorFile:
     """Opens a file that `write_file` wrote.
 
     Raises:
-      FileNotFoundError: `path` is not a file.
+      FileNotFoundError: nothing has this path.
+      OSError: a folder or a pipe has this path, or the file cannot be read. The error
+        names the path.
       RefusedFile: the file is not a whole safetensors file.
     """
-    if not path.is_file():
+    if not is_file(path, caller):
         raise FileNotFoundError(f"{caller}: there is no file {path}. Check the path.")
     return TensorFile(path, caller, verify=verify)
 

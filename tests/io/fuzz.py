@@ -3,7 +3,8 @@
     python -m tests.io.fuzz 100000 [seed]
 
 makes as many mutants of small files and recipes, and prints every mutant that is
-neither. A QTensor that loads must also dequantize. `test_fuzz.py` runs 2,000 mutants.
+neither. A QTensor that loads must also dequantize and multiply. `test_fuzz.py` runs
+2,000 mutants.
 """
 
 from __future__ import annotations
@@ -205,11 +206,14 @@ def trees() -> list[Any]:
     w = jax.random.normal(jax.random.key(0), (32, 2))
     uint3 = jaxq.QuantSpec("uint3", jaxq.PerGroup(16), symmetric=False)
     fmt = jaxq.formats.CodebookFormat("fuzz", (-1.0, -0.25, 0.5, 1.0))
+    groups = jaxq.QuantSpec("int8", jaxq.PerGroup(16))
     learned = jaxq.QuantSpec(fmt, jaxq.PerBlock((16, 2)), scale="float16")
     return [
         {"w": jaxq.quantize(w, "nf4_dq"), "b": jnp.ones(2, jnp.bfloat16)},
         {"w": jaxq.quantize(w, uint3), "list": [1, 2.5, None, "text", (True, w)]},
         {"w": jaxq.quantize(w, "int4").with_activation("int8", outliers=6.0)},
+        {"w": jaxq.quantize(w, "int8").with_activation("int8", bounds=(-1.0, 1.0))},
+        {"w": jaxq.quantize(w, "int8").with_activation(groups)},
         {"w": jaxq.quantize(w, "ternary"), "key": jax.random.key(1), "n": np.ones(1)},
         {"w": jaxq.quantize(w, "mxfp4"), "codebook": jaxq.quantize(w, learned)},
     ]
@@ -272,13 +276,24 @@ def run(
 
 
 def _use(value: Any) -> None:
-    """Traces the dequantization of every QTensor. Nothing is compiled."""
+    """Traces the dequantization and a product of every QTensor. Nothing is compiled."""
     for leaf in jax.tree.leaves(value, is_leaf=is_qtensor):
         if is_qtensor(leaf):
             try:
                 jax.eval_shape(jaxq.dequantize, leaf)
+                jax.eval_shape(_product, leaf)
             except ValueError as error:
                 raise AssertionError(f"loaded, but unusable: {error}") from error
+
+
+def _product(qt: jaxq.QTensor) -> jax.Array:
+    """The product of ones and a QTensor along its contracted axes."""
+    batch = tuple(range(len(qt.batch_shape)))
+    contracted = tuple(axis + qt.ndim for axis in qt.meta.geometry.contracted)
+    sizes = (qt.shape[axis] for axis in contracted)
+    x = jnp.ones((*qt.batch_shape, 2, *sizes))
+    of_x = tuple(range(len(batch) + 1, x.ndim))
+    return jaxq.ops.dot_general(x, qt, ((of_x, contracted), (batch, batch)))
 
 
 def _nodes(tree: Any):

@@ -6,6 +6,7 @@ itself.
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -89,6 +90,41 @@ def test_errors_begin_with_the_public_name(path):
     path.write_bytes(b"too short")
     with pytest.raises(ValueError, match="^load: .* it is not a whole safetensors"):
         jaxq.load(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 300, f"{'x/' * 3000}x"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises((OSError, ValueError), match="save: the file cannot be written"):
+        jaxq.save(path, {})
+    with pytest.raises((OSError, ValueError), match="load: the file cannot be read"):
+        jaxq.load(path)
+
+
+def test_paths_of_pipes_and_folders(path, tmp_path):
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=f"load: .* it is a pipe.*{path.name}"):
+        jaxq.load(path)
+    with pytest.raises(OSError, match=f"save: .* it is a pipe.*{path.name}"):
+        jaxq.save(path, {})
+    with pytest.raises(IsADirectoryError, match=f"load: .* a folder.*{tmp_path.name}"):
+        jaxq.load(tmp_path)
+
+
+def test_a_system_that_refuses_to_list_or_open(path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    jaxq.save(path, {"x": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        with pytest.raises(PermissionError, match=f"save: the file .*{path.name}"):
+            jaxq.save(path, {"x": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refuse)
+        with pytest.raises(PermissionError, match=f"load: the file .*{path.name}"):
+            jaxq.load(path)
+    assert jaxq.load(path) == {"x": 1}
 
 
 def test_saving_a_tree_imports_no_flax(path):

@@ -301,6 +301,33 @@ def test_missing_files_are_errors(written, tmp_path):
     (path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
         load(path)
+    # A save was killed before the first config of this directory.
+    (path / "config.json").unlink()
+    (path / f".config.json.{'0' * 16}.partial").touch()
+    message = "no config.json, because a save was interrupted.* has no other file"
+    with pytest.raises(FileNotFoundError, match=message):
+        load(path)
+
+
+def test_errors_of_the_system_name_the_function_and_the_path(tmp_path):
+    model = make(head_dim=8)
+    path = tmp_path / "model"
+    path.touch()
+    with pytest.raises(OSError, match=r"jaxq\.models\.save: the directory .*/model"):
+        save(path, model)
+    with pytest.raises(OSError, match=r"jaxq\.models\.save: the directory .*/model/x"):
+        save(path / "x", model)
+    with pytest.raises(ValueError, match=r"jaxq\.models\.save: the directory .*null"):
+        save(tmp_path / "a\0b", model)
+    with pytest.raises(FileNotFoundError, match=r"jaxq\.models\.load: .*no config"):
+        load(path)
+    path.unlink()
+    save(path, model)
+    for name in ("model.safetensors", "config.json"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(OSError, match=rf"jaxq\.models\.load: .*a pipe.*{name}"):
+            load(path)
 
 
 def test_tokenizer_without_its_package_is_an_error(written, monkeypatch):
@@ -534,7 +561,10 @@ def test_an_interrupted_save_leaves_one_model_or_none(tmp_path, monkeypatch):
         is_whole = save_until(path, new, monkeypatch, stop)
         states.append(state_of(path))
         if states.count(None) == 1 and states[-1] is None:
-            with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+            message = (
+                r"config\.json, because a save was interrupted.* model\.safetensors"
+            )
+            with pytest.raises(FileNotFoundError, match=message):
                 load(path)
         # The next save works whatever the interrupted one left.
         save(path, new, dtype=jnp.float32)

@@ -172,6 +172,18 @@ def test_padding_does_not_count(model, measured):
         sensitivity(model, CHOICES, BATCHES[0])
 
 
+@pytest.mark.parametrize(
+    ("choices", "got"), [(BATCHES, "list of Array"), (BATCHES[0], "Array"), (3, "int")]
+)
+def test_arguments_in_another_order_are_named(model, choices, got):
+    message = rf"choices must be a list of preset names.* got a \w*{got}"
+    with pytest.raises(TypeError, match=rf"^sensitivity: {message}"):
+        sensitivity(model, choices, CHOICES)
+    module, variables = LinenModel(), linen_variables(model)
+    with pytest.raises(TypeError, match=rf"^linen\.sensitivity: {message}"):
+        jaxq.nn.linen.sensitivity(module, variables, choices, CHOICES)
+
+
 class LinenModel(linen.Module):
     """The linen module that computes what `Model` computes."""
 

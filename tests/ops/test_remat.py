@@ -174,6 +174,28 @@ def test_products_of_experts():
     assert num_saved(product, weights, X, "no_batch") == 0
 
 
+def saved_shapes(product, weight, policy):
+    """The shapes of what the backward pass reads beside the arguments."""
+
+    def layer(x):
+        return jnp.sin(product(x, weight))
+
+    checkpointed = jax.checkpoint(layer, policy=POLICIES[policy])
+    _, pull_back = jax.vjp(checkpointed, X)
+    return sorted(leaf.shape for leaf in jax.tree.leaves(pull_back))
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8", "w8a8"])
+def test_a_trained_weight_saves_its_product_once(recipe):
+    trained = jaxq.training.prepare({"w": normal(64, 48)}, recipe)["w"]
+
+    def sizes(weight):
+        return collections.Counter(saved_shapes(matmul, weight, "dots"))
+
+    assert sizes(normal(64, 48))[8, 48] == 1
+    assert sizes(trained)[8, 48] == 1
+
+
 class TwoLayers(nnx.Module):
     def __init__(self):
         self.first = nnx.Linear(64, 64, rngs=nnx.Rngs(0))

@@ -42,6 +42,35 @@ def test_the_name_of_an_activation_means_absmax(name):
     assert recipe.rules[-1].activation == jaxq.presets()["int4_absmax"]
 
 
+@pytest.mark.parametrize("axis", [7, 64, 10**18, 1, -1])
+def test_the_spec_of_an_activation_names_no_axis(axis):
+    weight = jaxq.quantize(normal(128, 4), "int8")
+    scale = jaxq.QuantSpec("uint8", jaxq.PerChannel(axis=axis))
+    specs = [
+        jaxq.QuantSpec("int8", jaxq.PerChannel(axis=axis)),
+        jaxq.QuantSpec("int8", jaxq.PerGroup(32, axis=axis)),
+        jaxq.QuantSpec("int8", jaxq.PerGroup(32), scale=scale),
+    ]
+    for spec in specs:
+        with pytest.raises(ValueError, match="^with_activation: .* names an axis"):
+            weight.with_activation(spec)
+        with pytest.raises(ValueError, match="activation: .* names an axis"):
+            jaxq.Rule(weight="int8", activation=spec)
+
+
+def test_groups_of_an_activation_divide_its_contracted_axis():
+    spec = jaxq.QuantSpec("int8", jaxq.PerGroup(48))
+    weight = jaxq.quantize(normal(128, 4), "int8")
+    message = r"PerGroup\(size=48.* 128 .* PerGroup\(48, pad=True\)"
+    with pytest.raises(ValueError, match=message):
+        weight.with_activation(spec)
+    padded = spec.replace(granularity=jaxq.PerGroup(48, pad=True))
+    assert (normal(2, 128) @ weight.with_activation(padded)).shape == (2, 4)
+    # A convolution contracts other axes of its input than of its kernel.
+    kernel = jaxq.quantize(normal(3, 8, 4), "int8", contracting=(0, 1))
+    assert kernel.with_activation(spec).meta.activation == spec
+
+
 def test_given_bounds_have_no_sign():
     x = jnp.array([-1.0, 1.0, 0.25])
     qt = jaxq.quantize(x, "int4", bounds=(-1.0, 1.0))

@@ -215,7 +215,7 @@ def test_missing_file_and_folder(tmp_path):
         FileNotFoundError, match=r"write_tree: the folder .*nowhere does not exist"
     ):
         serialization.write_tree(tmp_path / "nowhere" / "file", {})
-    with pytest.raises(FileNotFoundError, match="read_tree: there is no file"):
+    with pytest.raises(IsADirectoryError, match="read_tree: .* it is a folder"):
         serialization.read_tree(tmp_path)
 
 
@@ -424,6 +424,46 @@ HOSTILE = [
     (leaf("scale"), {"is": "value", "value": 1}, "scale is described as a int"),
     (leaf("data"), {"is": "value", "value": None}, "data is described as a NoneType"),
 ]
+
+
+def with_axis(axis):
+    return lambda spec: spec["granularity"].update(type="PerChannel", axis=axis)
+
+
+# Specs of inputs that would fail in the first product.
+ACTIVATIONS = [
+    *((with_axis(axis), "names an axis") for axis in (7, 64, 10**18, 1, -2)),
+    (lambda spec: spec.update(rounding="stochastic"), "needs a key at every call"),
+    (
+        lambda spec: spec.update(granularity={"type": "PerGroup", "size": 7}),
+        "does not divide the 64 contracted elements",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ACTIVATIONS)
+def test_activations_that_no_product_could_use(path, change, message):
+    w = jaxq.quantize(jnp.eye(64, 4), "int8").with_activation("int8")
+    serialization.write_tree(path, {"w": w})
+    rewrite(path, lambda header, tensors: change(item("w")(header)["activation"]))
+    message = rf"^read_tree: .*\.safetensors .*w is wrong: its activation .*{message}"
+    with pytest.raises(ValueError, match=message):
+        serialization.read_tree(path)
+
+
+def test_outliers_and_ranges_that_no_product_could_use(path):
+    def refused(qt, message, **changes):
+        serialization.write_tree(path, {"w": qt})
+        rewrite(path, lambda header, tensors: item("w")(header).update(changes))
+        with pytest.raises(ValueError, match=f"w is wrong: {message}"):
+            serialization.read_tree(path)
+
+    qt = jaxq.quantize(jnp.eye(64, 4), "int8")
+    groups = jaxq.presets()["int4"].to_dict()
+    static = qt.with_activation("int8", bounds=(-1.0, 1.0))
+    refused(qt, "it has outliers and no activation spec", outliers=6.0)
+    refused(static, "it has both an input_range and outliers", outliers=6.0)
+    refused(static, "its input_range cannot be used: PerGroup", activation=groups)
 
 
 @pytest.mark.parametrize(("entry", "change", "message"), HOSTILE)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq import serialization
+from jaxq import files, serialization
 from jaxq.nn.report import Row
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
@@ -76,7 +76,9 @@ class Resume:
                     "hold parts of this model. Leave out resume=. To keep statistics "
                     "between runs, save what jaxq.nn.calibrate returns."
                 )
-            self._folder.mkdir(parents=True, exist_ok=True)
+            problem = "the folder of resume= cannot be made"
+            with files.naming_errors(self._folder, self._caller, problem):
+                self._folder.mkdir(parents=True, exist_ok=True)
             self._digest = _digest_of_run(recipe, slots, state, options)
 
     def read(self, block: int, names: Sequence[str]) -> dict[str, Result]:

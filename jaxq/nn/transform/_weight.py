@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxq import methods
+from jaxq.nn.calibration import cached_program
 from jaxq.nn.transform._folding import folding_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
@@ -130,15 +132,36 @@ def dry_run(slot: Slot) -> QTensor:
     method = methods.get(rule.method)
     # This check comes first, because jax would convert float64 to float32.
     check_floats(w.dtype, w.shape, name, "quantize")
+    shape = jax.ShapeDtypeStruct(w.shape, w.dtype)
+    facts = rule, method, slot.contracting, slot.batch
+    try:
+        # Layers with equal shapes share one trace, so the trace has no name.
+        qt = jax.eval_shape(_quantization(*facts, "w"), shape)
+    except (TypeError, ValueError):
+        # Raises the same error again, with the name.
+        qt = jax.eval_shape(_quantization(*facts, name), shape)
+    return qt.with_meta(name=name)
 
+
+@cached_program
+def _quantization(
+    rule: Rule,
+    method: methods.Method,
+    contracting: tuple[int, ...],
+    batch: tuple[int, ...],
+    name: str,
+) -> Callable[[jax.Array], QTensor]:
+    """A jitted function that quantizes a weight without data."""
+
+    @jax.jit
     def run(w: jax.Array) -> QTensor:
         key = jax.random.key(0)
         spec = _nearest_spec(rule)
         qt = quantize(
             w,
             spec,
-            contracting=slot.contracting,
-            batch=slot.batch,
+            contracting=contracting,
+            batch=batch,
             key=key if spec.needs_key else None,
             name=name,
         )
@@ -148,7 +171,7 @@ def dry_run(slot: Slot) -> QTensor:
             qt = _solve(qt, w, None, rule, "rtn", key, name).qt
         return with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
-    return jax.eval_shape(run, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    return run
 
 
 def _splits_into_groups(qt: QTensor) -> bool:

@@ -161,6 +161,78 @@ def test_train_mode_is_seen_in_a_cached_program():
             calibrate_linen(module, variables, [X], forward=run)
 
 
+WEIGHTS = {"up": normal(64, 32), "down": normal(32, 8)}
+
+
+def run_weights(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def quantize_net(recipe, sequential):
+    return jaxq.quantize_model(
+        Net(), recipe, calibration=[X], forward=half, sequential=sequential
+    )
+
+
+def quantize_tree(recipe, sequential):
+    return jaxq.quantize_params(
+        WEIGHTS, recipe, calibration=[X], forward=run_weights, sequential=sequential
+    )
+
+
+def quantize_linen(recipe, sequential):
+    module = LinenNet()
+    return jaxq.nn.linen.quantize_model(
+        module, linen_variables(module), recipe, calibration=[X], sequential=sequential
+    )
+
+
+@pytest.mark.parametrize("quantized", [quantize_net, quantize_tree, quantize_linen])
+@pytest.mark.parametrize(
+    ("recipe", "sequential"), [("w8a8_static", False), ("int4_gptq", "layers")]
+)
+def test_a_second_quantization_compiles_nothing(quantized, recipe, sequential):
+    *first, report = quantized(recipe, sequential)
+    with counted_programs() as events:
+        *again, second_report = quantized(recipe, sequential)
+    assert events["backend_compile_duration"] == 0
+    if quantized is not quantize_linen:  # a trace finds the layers of a linen module
+        assert events["jaxpr_trace_duration"] == 0
+    assert_same(jax.tree.leaves(again[-1]), jax.tree.leaves(first[-1]))
+    assert second_report.rows == report.rows
+    assert second_report.output_sqnr == report.output_sqnr
+
+
+def test_another_forward_or_number_in_a_tree_is_another_program():
+    def scaled(params, x):
+        return (0 * x + params["factor"]) @ params["up"]
+
+    def largest(factor, forward):
+        params = {"up": WEIGHTS["up"], "factor": factor}
+        qparams, _ = jaxq.quantize_params(
+            params, "w8a8_static", calibration=[X], forward=forward
+        )
+        return float(abs(qparams["up"].input_range).max())
+
+    assert largest(1, scaled) == pytest.approx(1, rel=0.02)
+    assert largest(3, scaled) == pytest.approx(3, rel=0.02)
+    assert largest(True, scaled) == pytest.approx(1, rel=0.02)
+    assert largest(2.0, lambda p, x: scaled(p, 2 * x)) == pytest.approx(2, rel=0.02)
+
+
+def test_a_second_sensitivity_compiles_nothing():
+    model = Net()
+    measured = jaxq.nn.sensitivity(model, ["int8"], [X])
+    assert_compiles_nothing(lambda: jaxq.nn.sensitivity(model, ["int8"], [X]))
+    assert jaxq.nn.sensitivity(model, ["int8"], [X]) == measured
+    module = LinenNet()
+    arguments = module, linen_variables(module), ["int8"], [X]
+    measured = jaxq.nn.linen.sensitivity(*arguments)
+    with counted_programs() as events:
+        assert jaxq.nn.linen.sensitivity(*arguments) == measured
+    assert events["backend_compile_duration"] == 0
+
+
 @pytest.mark.parametrize("activation", [None, "int8", "fp8"])
 def test_eager_products_compile_once(activation):
     weight = jaxq.quantize(normal(64, 32), "int8").with_activation(activation)
