@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 400  # seconds
+LIMIT = 1500  # seconds
 
 
 class Group:
