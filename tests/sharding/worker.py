@@ -34,6 +34,9 @@ TREE_RECIPE = jaxq.Recipe(
 PRESETS = ("int4", "nf4_dq")
 
 
+# Shards of 32 codes are whole groups.
+INT4 = jaxq.QuantSpec(format="int4", granularity=jaxq.PerGroup(size=32))
+START = time.monotonic()
 STATIC = jaxq.Recipe(
     [jaxq.Rule("**", weight="int8", activation="int8", observer="absmax")]
 )
@@ -84,7 +87,7 @@ def template(qtree, mesh, rules):
 
 def abstract_model():
     """The model that `work` saves, of shapes. Nothing is computed."""
-    return nnx.eval_shape(lambda: jaxq.quantize_model(Net(nnx.Rngs(0)), "int4")[0])
+    return nnx.eval_shape(lambda: jaxq.quantize_model(Net(nnx.Rngs(0)), INT4)[0])
 
 
 def abstract_tree():
@@ -107,7 +110,10 @@ class Worker:
 
     def keep(self, name: str, value) -> None:
         """Keeps all arrays of a tree, whole."""
-        print(f"{time.process_time():.1f} s of computation before {name}", flush=True)
+        times = (
+            f"{time.monotonic() - START:.1f} s, computing {time.process_time():.1f} s"
+        )
+        print(f"{times}: {name}", flush=True)
         for path, leaf in jax.tree.leaves_with_path(value):
             whole = multihost_utils.process_allgather(leaf, tiled=True)
             kind = whole.dtype.name
@@ -143,11 +149,11 @@ def work(worker: Worker) -> None:
     worker.keep("tree", qtree)
     worker.results["tree report"] = str(report)
     model = jaxq.sharding.place(Net(nnx.Rngs(0)), mesh, RULES)
-    qmodel, _ = jaxq.quantize_model(model, "int4")
+    qmodel, _ = jaxq.quantize_model(model, INT4)
     worker.keep("model", nnx.state(qmodel))
     run(worker, "output", qmodel)
     refuse(worker)
-    calibrate(worker)
+    calibrate_and_run(worker)
     save(worker, qtree, qmodel)
 
 
@@ -176,16 +182,26 @@ def refuse(worker: Worker) -> None:
     )
 
 
-def calibrate(worker: Worker) -> None:
-    """Statistics of batches of which each process holds a part, and what needs them."""
-    model = jaxq.sharding.place(Net(nnx.Rngs(0)), worker.mesh, RULES)
-    data = [sharded(batch, worker.mesh, "d") for batch in batches()]
-    stats = jaxq.nn.calibrate(model, data, observer=jaxq.observers.absmax())
-    worker.keep("moments", {path: stats[path].hessian for path in sorted(stats)})
-    qmodel, report = jaxq.quantize_model(model, STATIC, calibration=stats)
-    worker.keep("static", nnx.state(qmodel))
-    run(worker, "static output", qmodel)
-    worker.results["sqnr"] = [row.output_sqnr for row in report.quantized]
+def calibrate(worker: Worker):
+    """Statistics of inputs of which each process holds a part of rows and channels."""
+    rules = {"kernel": P("t", None), "**": P()}
+    layer = jaxq.sharding.place(
+        nnx.Linear(64, 32, rngs=nnx.Rngs(0)), worker.mesh, rules
+    )
+    data = [sharded(batch, worker.mesh, "d", "t") for batch in batches()]
+    stats = jaxq.nn.calibrate(layer, data, observer=jaxq.observers.absmax())
+    worker.keep("moments", stats[""].hessian)
+    return layer, stats
+
+
+def calibrate_and_run(worker: Worker) -> None:
+    """A layer that needs the statistics, with products of integers."""
+    layer, stats = calibrate(worker)
+    qlayer, report = jaxq.quantize_model(layer, STATIC, calibration=stats)
+    worker.keep("static", nnx.state(qlayer))
+    x = sharded(batches()[0], worker.mesh, "d", "t")
+    worker.keep("static output", nnx.jit(nnx.Linear.__call__)(qlayer, x))
+    worker.results["sqnr"] = report.quantized[0].output_sqnr
 
 
 def calibrate_gptq(worker: Worker) -> None:
