@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import jax
@@ -334,12 +335,19 @@ def main() -> None:
         facts["address"],
         facts["num"],
         index,
-        initialization_timeout=60,
-        heartbeat_timeout_seconds=10,
+        initialization_timeout=120,
+        # A process on a busy machine sends few heartbeats and is not dead.
+        heartbeat_timeout_seconds=facts.get("heartbeat", 100),
     )
-    worker = Worker(index, facts)
-    TASKS[task](worker)
-    worker.write()
+    try:
+        worker = Worker(index, facts)
+        TASKS[task](worker)
+        worker.write()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # The exit of jax would wait for a dead process until its heartbeat times out.
+        os._exit(1)
 
 
 if __name__ == "__main__":
