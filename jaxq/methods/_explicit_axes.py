@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jaxq.meshes import call_on_auto_axes, explicit_spec, is_explicit, on_auto_axes
 from jaxq.qtensor import QTensor, divisible, is_qtensor, is_traced, leaf_specs
@@ -53,7 +53,8 @@ def on_explicit_axes(
 
         if any(is_traced(x) for x in explicit):
             mesh: Any = jax.typeof(explicit[0]).sharding.mesh
-            shapes = jax.eval_shape(call, [_without_mesh(x) for x in arrays])
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                shapes = jax.eval_shape(call, [_without_mesh(x) for x in arrays])
             return call_on_auto_axes(call, _specs(shapes, explicit, mesh), arrays)
         # The method may look at numbers, so its arrays stay concrete.
         mesh = explicit[0].sharding.mesh

@@ -153,8 +153,8 @@ def metrics(put):
 
 
 def optimizer_state(put):
-    qt = jaxq.quantize(weight(put), "dynamic8")
-    return jaxq.dequantize(qt)
+    spec = jaxq.QuantSpec("dynamic8", granularity=jaxq.PerFlat(256))
+    return jaxq.dequantize(jaxq.quantize(weight(put), spec))
 
 
 def quantize_params(put):
@@ -227,8 +227,8 @@ METHODS = {
     ),
     "gptq": lambda put: methods.gptq(weight(put), hessian(), GROUPS),
     "gptq, rows": lambda put: methods.gptq(weight(put, "t", None), hessian(), GROUPS),
-    "gptq, jit": lambda put: jax.jit(lambda w: methods.gptq(w, hessian(), GROUPS))(
-        weight(put, "t", None)
+    "gptq, jit": lambda put: jax.jit(lambda w, h: methods.gptq(w, h, GROUPS))(
+        weight(put, "t", None), hessian()
     ),
     "hqq": lambda put: methods.hqq(weight(put), GROUPS),
     "kmeans": lambda put: methods.kmeans(weight(put), 4),
