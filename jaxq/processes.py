@@ -91,7 +91,8 @@ def is_true_everywhere(condition: bool, x: jax.Array) -> bool:
     conditions = jax.make_array_from_callback(
         (mesh.size,), sharding, lambda _: np.array([condition])
     )
-    return bool(jnp.all(conditions))
+    with jax.set_mesh(mesh):  # instead of the mesh of the caller
+        return bool(jnp.all(conditions))
 
 
 def _on_every_device(sharding: Sharding) -> NamedSharding:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxq.ops._decision import (
     derivative_on_platform,
@@ -45,8 +46,8 @@ def explain(
 
     Nothing is computed. On a mesh each device multiplies its parts of the operands, and
     runs its own kernel. The plan says which parts, and which collectives there are.
-    If the mesh axes are automatic, this needs `jax.set_mesh(mesh)` and a GPU. Otherwise
-    XLA partitions the product, and no kernel runs.
+    If the mesh axes are automatic, this needs `jax.set_mesh(mesh)`, and a CPU or GPU.
+    Otherwise XLA partitions the product, and no kernel runs.
 
     Args:
       lhs: array, `jax.ShapeDtypeStruct` or QTensor. A `TrainedWeight` multiplies as
@@ -71,9 +72,10 @@ def explain(
       A `Plan`. Print it to read it.
 
     Raises:
-      TypeError: contracted or batch axes differ in size, repeat or do not exist; or
-        integers or float64 numbers are multiplied by a QTensor; or `derivative` is True
-        and both operands are quantized, so that no activation has a gradient.
+      TypeError: `mesh` is not a mesh; or contracted or batch axes differ in size,
+        repeat or do not exist; or integers or float64 numbers are multiplied by a
+        QTensor; or `derivative` is True and both operands are quantized, so that no
+        activation has a gradient.
       ValueError: `platform` is unknown; or `dimension_numbers` is None and `matmul`
         cannot multiply operands of these shapes; or the weight has an activation spec,
         and a block size of this spec does not divide the contracted axis; or
@@ -91,6 +93,11 @@ def explain(
       >>> jaxq.explain(x, qt, platform="tpu", derivative=True).kernel
       'tpu_transposed'
     """
+    if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            "explain: mesh must be a jax.sharding.Mesh or AbstractMesh, got "
+            f"{type(mesh).__name__}."
+        )
     mesh = mesh_of(mesh, lhs, rhs)
     num_devices = num_devices_of(lhs, rhs)
     lhs, rhs = _as_described(lhs, derivative), _as_described(rhs, derivative)
@@ -104,6 +111,8 @@ def explain(
             )
         check_ragged(lhs, rhs, _as_described(group_sizes, False), "explain")
         assert isinstance(rhs, QTensor)
+        # Outside of `jax.shard_map` XLA partitions this product on every mesh.
+        num_devices = num_devices if mesh is None else mesh.size
         return plan_ragged(lhs, rhs, platform, num_devices)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
@@ -111,29 +120,33 @@ def explain(
         dims = as_tuples(dimension_numbers, "explain")
     check_sizes(lhs, rhs, dims, "explain")
     check_float_partner(lhs, rhs, "explain")
-    if not derivative:
-        if mesh is None or mesh.size == 1:
-            return plan_on_platform(lhs, rhs, dims, platform, num_devices)
-        return _plan_on_mesh(lhs, rhs, dims, platform, mesh)
-    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+    if derivative and isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         raise TypeError(
             f"explain: derivative=True needs a float operand, got {lhs!r} and {rhs!r}. "
             "Codes have no gradient. Pass the activation as an array."
         )
-    return derivative_on_platform(lhs, rhs, dims, platform, num_devices)
+    if mesh is None or mesh.size == 1:
+        plan = derivative_on_platform if derivative else plan_on_platform
+        return plan(lhs, rhs, dims, platform, num_devices)
+    return _plan_on_mesh(lhs, rhs, dims, platform, mesh, derivative)
 
 
-def _plan_on_mesh(lhs: Any, rhs: Any, dims: Any, platform: str, mesh: Any) -> Plan:
+def _plan_on_mesh(
+    lhs: Any, rhs: Any, dims: Any, platform: str, mesh: Any, derivative: bool
+) -> Plan:
     """The plan of a product whose parts are on the devices of a mesh."""
     dims = nonnegative(lhs, rhs, dims)
+    plan_whole = derivative_on_platform if derivative else plan_on_platform
 
     def plan_parts(lhs: Any, rhs: Any) -> Plan:
-        return plan_on_platform(lhs, rhs, dims, platform)
+        return plan_whole(lhs, rhs, dims, platform)
 
-    plan = plan_on_mesh(lhs, rhs, dims, mesh, platform, plan_parts)
+    plan = plan_on_mesh(
+        lhs, rhs, dims, mesh, platform, plan_parts, derivative=derivative
+    )
     if isinstance(plan, Plan):
         return plan
-    whole = plan_on_platform(lhs, rhs, dims, platform, mesh.size)
+    whole = plan_whole(lhs, rhs, dims, platform, mesh.size)
     return dataclasses.replace(whole, why_no_kernel=f"{whole.why_no_kernel} ({plan})")
 
 

@@ -42,6 +42,8 @@ def plan_on_mesh(
     mesh: Any,
     platform: str,
     plan_parts: Callable[[Any, Any], Plan],
+    *,
+    derivative: bool = False,
 ) -> Plan | str:
     """The plan of each device, or why devices do not multiply parts.
 
@@ -53,6 +55,7 @@ def plan_on_mesh(
       mesh: the mesh of devices.
       platform: the platform of the devices.
       plan_parts: `plan_parts(lhs, rhs)` returns the plan of a product on one device.
+      derivative: True if it is the product for the gradient of the activation.
     """
     kinds = set(mesh.axis_types)
     if len(kinds) != 1:
@@ -96,8 +99,22 @@ def plan_on_mesh(
         num_devices=mesh.size,
         part=part,
         gathered=_gathered(names, layout),
-        summed=layout.summed,
+        summed=_summed_in_gradient(lhs, layout, dims) if derivative else layout.summed,
     )
+
+
+def _summed_in_gradient(
+    lhs: Any, layout: PartLayout, dims: DimensionNumbers
+) -> tuple[str, ...]:
+    """The mesh axes over which the gradient of the activation is summed.
+
+    These are the mesh axes of the weight's free axes: the gradient sums over them.
+    """
+    weight = 0 if isinstance(lhs, QTensor) else 1
+    (contracting, batch), spec = dims, layout[weight]
+    bound = (*contracting[weight], *batch[weight])
+    free = (names_in(entry) for axis, entry in enumerate(spec) if axis not in bound)
+    return tuple(name for names in free for name in names)
 
 
 def _why_whole(plan: Plan, automatic: bool) -> str | None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxq.meshes import names_in
 from jaxq.qtensor import QTensor, QuantSpec, is_qtensor, leaf_specs
 from jaxq.sharding._pieces import from_piece, in_pieces
 from jaxq.sharding._wire import (
@@ -237,7 +238,7 @@ def _check_is_part(qt: QTensor, axis_name: AxisName, position: int, path: str) -
         "in_specs=jaxq.sharding.specs(qt, PartitionSpec(...), mesh=mesh). To gather a "
         "float array, pass it with spec=."
     )
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = names_in(axis_name)
     if is_type_checked(axis_name) and not varying_axes(qt.data).issuperset(names):
         raise ValueError(
             f"{_CALLER}: {path}, {qt!r}, is the same on all devices of {axis_name!r}, "

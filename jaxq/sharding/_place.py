@@ -19,6 +19,7 @@ from jaxq.sharding._entries import (
     single_entry,
 )
 from jaxq.sharding._fit_to_shards import fitted
+from jaxq.sharding._shardings import check_mesh
 from jaxq.sharding._specs import specs_of_entries
 
 
@@ -45,7 +46,8 @@ def place(
       A model of the same class, or a tree of the same structure.
 
     Raises:
-      TypeError, ValueError: as in `specs`; or `fit_to_shards` is True, and no smaller
+      TypeError: the mesh has no devices, or as in `specs`.
+      ValueError: as in `specs`; or `fit_to_shards` is True, and no smaller
         groups fit the shards.
 
     Example:
@@ -57,6 +59,7 @@ def place(
       >>> params["up"].data.sharding.spec == P("t", None)
       True
     """
+    check_mesh(mesh, "place")
     if is_nnx_module(tree):
         from flax import nnx  # lazy: a user without Flax has no such model
 

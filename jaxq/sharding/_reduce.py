@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxq.meshes import names_in
 from jaxq.qtensor import QuantSpec
 from jaxq.sharding._pieces import (
     from_padded_pieces,
@@ -71,7 +72,8 @@ def reduce_scatter(
 
     Each device quantizes its array, and the sum is computed in float32. A number of the
     result differs from the true sum by at most the sum of the rounding errors of the
-    devices. NaN and infinities make their group NaN, and no other group. With one
+    devices. NaN and infinities make their group NaN. If groups share a quantized scale
+    (`nf4_dq`, `vsq4`), they make all groups of that scale NaN. With one
     device along `axis_name`, no number travels and none is rounded.
 
     Args:
@@ -140,8 +142,8 @@ def all_reduce(
 
     Each device quantizes its array. One device sums a piece of all arrays in float32,
     and quantizes the sum. So a number is rounded twice, however many devices there are.
-    All devices get the same bits. NaN and infinities make their group NaN, and no other
-    group. With one device along `axis_name`, no number travels and none is rounded.
+    All devices get the same bits. NaN and infinities act as in `reduce_scatter`. With
+    one device along `axis_name`, no number travels and none is rounded.
 
     Args:
       x, axis_name, spec, key: as in `reduce_scatter`.
@@ -333,14 +335,14 @@ def _checked(leaf: Any, path: str, axis_name: AxisName, caller: str) -> Array:
 
     Raises:
       TypeError: it is not a float array.
-      ValueError: it is the same on all devices, or sharded over an axis that is not
-        mapped.
+      ValueError: it is the same on all devices of an axis, or sharded over an axis
+        that is not mapped.
     """
     array = float_array(leaf, path, axis_name, caller)
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if is_type_checked(axis_name) and not varying_axes(array) & set(names):
+    same = [name for name in names_in(axis_name) if name not in varying_axes(array)]
+    if is_type_checked(axis_name) and same:
         raise ValueError(
-            f"{caller}: {path} is the same on all devices of {axis_name!r}. If it is a "
+            f"{caller}: {path} is the same on all devices of {same}. If it is a "
             "gradient, jax has already summed it, in floats, because the parameters "
             "are the same on all devices. Differentiate with respect to "
             f"jax.lax.pcast(params, {axis_name!r}, to='varying')."

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxq.meshes import explicit_spec
+from jaxq.meshes import explicit_spec, names_in
 from jaxq.qtensor import (
     PerGroup,
     QTensor,
@@ -176,7 +176,7 @@ def as_varying(x: Array, axis_name: AxisName) -> Array:
     """The array with a type that may differ between devices along the mapped axes."""
     if not is_type_checked(axis_name):
         return x
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = names_in(axis_name)
     missing = tuple(name for name in names if name not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 

@@ -103,3 +103,37 @@ def test_explain_says_when_xla_partitions_a_product():
     plan = jaxq.explain(x, qt.with_activation("int8"), platform="tpu", mesh=mesh)
     assert (plan.kernel, plan.part) == ("xla", None)
     assert "prepared first" in plan.why_no_kernel
+
+
+@pytest.mark.parametrize(
+    ("where", "part", "summed"),
+    [
+        ("column", "[8, 512] @ [512, 512]", ("t",)),
+        ("row", "[8, 256] @ [256, 1024]", ()),
+    ],
+)
+def test_the_gradient_is_explained_on_a_mesh(where, part, summed):
+    """A column-parallel product has no collective, and its gradient has one."""
+    mesh = mesh_for("tpu", AxisType.Explicit)
+    x, qt = shapes_of(mesh, where, "tpu")
+    plan = jaxq.explain(x, qt, platform="tpu", derivative=True)
+    assert (plan.kernel, plan.part, plan.summed) == ("tpu_transposed", part, summed)
+
+
+def test_products_of_experts_are_explained_on_a_mesh():
+    mesh = mesh_for("tpu", AxisType.Explicit)
+    experts = jaxq.quantize(normal_with_outliers(4, 512, 256), "int4", batch=(0,))
+    x = jax.ShapeDtypeStruct((16, 512), "float32")
+    sizes = jax.ShapeDtypeStruct((4,), "int32")
+    plan = jaxq.explain(x, experts, group_sizes=sizes, platform="tpu", mesh=mesh)
+    assert plan.kernel == "xla"
+    assert "4 devices" in plan.why_no_kernel
+
+
+def test_a_mesh_must_be_a_mesh():
+    x, qt = (
+        np.ones((2, 32), np.float32),
+        jaxq.quantize(np.eye(32, dtype=np.float32), "int8"),
+    )
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh"):
+        jaxq.explain(x, qt, mesh="d")

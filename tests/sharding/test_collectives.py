@@ -644,6 +644,23 @@ def test_gradients_that_jax_has_summed_are_an_error():
         f(normal(8, 8), normal(8, 8))
 
 
+def test_gradients_that_jax_has_summed_over_one_of_two_axes_are_an_error():
+    """A mean over both axes would count the sum over one of them twice."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"))
+
+    def body(w, x):
+        local = jax.lax.pcast(w, "a", to="varying")
+        grads = jax.grad(lambda w: (x @ w).sum())(local)
+        return sharding.mean_gradients(grads, ("a", "b"), "int8", min_size=0)
+
+    specs = (P(), P(("a", "b")))
+    f = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P())
+    x = jax.device_put(normal(8, 8), NamedSharding(mesh, specs[1]))
+    w = jax.device_put(normal(8, 8), NamedSharding(mesh, P()))
+    with pytest.raises(ValueError, match=r"the same on all devices of \['b'\]"):
+        f(w, x)
+
+
 def raises(message, body, *args, error=ValueError, **options):
     with pytest.raises(error, match=message):
         mapped(body, **options)(*args)

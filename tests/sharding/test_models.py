@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 from jaxq import Recipe, Rule
 from tests import tables
-from tests.arrays import normal_with_outliers
+from tests.arrays import normal, normal_with_outliers
 from tests.nn.layers.test_nnx import assert_close_and_nonzero
 
 TYPES = (AxisType.Auto, AxisType.Explicit)
@@ -188,3 +188,16 @@ def test_leaves_that_describe_the_input_follow_the_rows():
     assert is_sharded(qt.input_scale, mesh, "data")
     # The two ends of a range are no channels, even if there are two devices.
     assert is_sharded(qt.input_range, mesh)
+
+
+def test_the_report_says_where_shards_cut_groups():
+    mesh = jax.make_mesh((4,), ("t",))
+    rows = NamedSharding(mesh, P("t", None))
+    params = {
+        "cut": jax.device_put(normal(384, 64), rows),
+        "whole": jax.device_put(normal(512, 64), rows),
+    }
+    _, report = jaxq.quantize_params(params, "int4")
+    notes = {row.path: row.note for row in report.rows}
+    assert "not all of it is sharded, because shards would cut groups" in notes["cut"]
+    assert "sharded" not in notes["whole"]

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq import sharding
-from tests.arrays import normal_with_outliers
+from tests.arrays import normal, normal_with_outliers
 
 SIZES = AbstractMesh((2, 4), ("d", "t"))
 
@@ -342,3 +342,9 @@ def test_quantized_weights_keep_the_metadata_of_nnx(tmp_path):
         assert placed.up.kernel[...].data.sharding.spec == P("t", None)
         assert placed.down.kernel[...].data.sharding.spec == P(None, "t")
         assert placed.down.kernel[...].scale.sharding.is_fully_replicated
+
+
+def test_place_needs_devices():
+    mesh = jax.sharding.AbstractMesh((2,), ("t",))
+    with pytest.raises(TypeError, match=r"place: mesh must be a jax\.sharding\.Mesh"):
+        sharding.place(normal(8, 8), mesh, P("t", None))

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxq.debug_checks import allow_nonfinite
 from jaxq.meshes import on_auto_axes
@@ -52,7 +53,7 @@ from jaxq.nn.transform._weight import (
 )
 from jaxq.observers import LayerStats
 from jaxq.progress import with_progress
-from jaxq.qtensor import QTensor, TrainedWeight, shard_like
+from jaxq.qtensor import QTensor, TrainedWeight, find_cuts, shard_like
 from jaxq.recipes import Recipe
 
 
@@ -189,10 +190,26 @@ def _quantize_slot(
         if stats is not None:
             errors = layer_errors(floats, qt, stats, slot.inputs(stats))
         notes.append(slot.note_on_product(qt))
+        notes.append(_note_on_shards(slot.value, qt))
         row = quantized_row(
             slot.name, slot.kind.name, floats, qt, solved, notes, errors
         )
     return Result(qt, new_bias, row)
+
+
+def _note_on_shards(floats: Any, qt: QTensor) -> str:
+    """Says where the shards of a float weight cut groups or bytes of its QTensor.
+
+    Codes or scales are then replicated along these axes, and a product gathers codes.
+    """
+    sharding = getattr(floats, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return ""
+    cuts = find_cuts(qt, sharding.spec, sharding.mesh)
+    if not cuts:
+        return ""
+    shown = "; ".join(f"axis {cut.axis}: {cut.problem}" for cut in cuts)
+    return f"not all of it is sharded, because shards would cut groups ({shown})"
 
 
 def _check_inputs(stats: LayerStats | None, slot: Slot) -> None:
