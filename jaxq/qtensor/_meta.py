@@ -144,7 +144,8 @@ class Meta:
             data["dtype"],
             None if activation is None else QuantSpec.from_dict(activation),
             layout,
-            outliers,
+            # jax cannot compare numbers with an int of more than 32 bits.
+            None if outliers is None else float(outliers),
         )
 
 

@@ -17,6 +17,9 @@ import numpy as np
 from jaxq import formats
 from jaxq.qtensor import (
     Geometry,
+    PerBlock,
+    PerFlat,
+    PerGroup,
     QTensor,
     QuantSpec,
     activation_problem,
@@ -143,6 +146,9 @@ def _activation_damage(qt: QTensor) -> str | None:
     problem = activation_problem(activation, input_size(qt.meta))
     if problem:
         return f"its activation spec cannot be used: {problem}"
+    block_size = _block_size(activation)
+    if block_size > max(_MOST_PADDING * qt.meta.geometry.contracted_size, 1 << 20):
+        return f"the blocks of its activation spec are too large: {block_size} elements"
     if qt.input_range is None:
         return None
     if outliers is not None:
@@ -152,6 +158,14 @@ def _activation_damage(qt: QTensor) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _block_size(spec: QuantSpec) -> int:
+    """The elements of a block that a granularity names. 0 if it names no sizes."""
+    granularity = spec.granularity
+    if isinstance(granularity, PerBlock):
+        return math.prod(granularity.shape)
+    return granularity.size if isinstance(granularity, PerGroup | PerFlat) else 0
 
 
 def _leaf_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:

@@ -438,6 +438,12 @@ ACTIVATIONS = [
         lambda spec: spec.update(granularity={"type": "PerGroup", "size": 7}),
         "does not divide the 64 contracted elements",
     ),
+    (
+        lambda spec: spec.update(
+            granularity={"type": "PerGroup", "size": 2**40, "pad": True}
+        ),
+        "are too large",
+    ),
 ]
 
 
@@ -446,7 +452,7 @@ def test_activations_that_no_product_could_use(path, change, message):
     w = jaxq.quantize(jnp.eye(64, 4), "int8").with_activation("int8")
     serialization.write_tree(path, {"w": w})
     rewrite(path, lambda header, tensors: change(item("w")(header)["activation"]))
-    message = rf"^read_tree: .*\.safetensors .*w is wrong: its activation .*{message}"
+    message = rf"^read_tree: .*\.safetensors .*w is wrong: .* activation .*{message}"
     with pytest.raises(ValueError, match=message):
         serialization.read_tree(path)
 
@@ -459,6 +465,9 @@ def test_outliers_and_ranges_that_no_product_could_use(path):
             serialization.read_tree(path)
 
     qt = jaxq.quantize(jnp.eye(64, 4), "int8")
+    serialization.write_tree(path, {"w": qt.with_activation("int8", outliers=6.0)})
+    rewrite(path, lambda header, tensors: item("w")(header).update(outliers=2**31))
+    assert (jnp.ones((2, 64)) @ serialization.read_tree(path)["w"]).shape == (2, 4)
     groups = jaxq.presets()["int4"].to_dict()
     static = qt.with_activation("int8", bounds=(-1.0, 1.0))
     refused(qt, "it has outliers and no activation spec", outliers=6.0)

@@ -205,7 +205,8 @@ def test_a_second_quantization_compiles_nothing(quantized, recipe, sequential):
 
 def test_another_forward_or_number_in_a_tree_is_another_program():
     def scaled(params, x):
-        return (0 * x + params["factor"]) @ params["up"]
+        factor = 5.0 if params["factor"] is True else params["factor"]
+        return (0 * x + factor) @ params["up"]
 
     def largest(factor, forward):
         params = {"up": WEIGHTS["up"], "factor": factor}
@@ -216,7 +217,7 @@ def test_another_forward_or_number_in_a_tree_is_another_program():
 
     assert largest(1, scaled) == pytest.approx(1, rel=0.02)
     assert largest(3, scaled) == pytest.approx(3, rel=0.02)
-    assert largest(True, scaled) == pytest.approx(1, rel=0.02)
+    assert largest(True, scaled) == pytest.approx(5, rel=0.02)  # although 1 == True
     assert largest(2.0, lambda p, x: scaled(p, 2 * x)) == pytest.approx(2, rel=0.02)
 
 
