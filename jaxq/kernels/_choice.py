@@ -7,8 +7,8 @@ them can run.
 
 The "XLA form" of a product is its computation in plain XLA. XLA partitions a program
 for several devices, and cannot partition a kernel. So the XLA form runs there. Each
-device runs its own kernel inside `jax.shard_map`, on explicit mesh axes, and on
-automatic axes where XLA calls back (`_parts.py`).
+device runs its own kernel inside `jax.shard_map`. `jaxq.ops` enters it for products on
+explicit mesh axes.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def choose_kernel(
         reason = (
             f"XLA partitions this program for {num_devices} devices and cannot "
             "partition a kernel; a kernel runs on each device inside jax.shard_map and "
-            "on explicit mesh axes, and on GPUs in jax.set_mesh"
+            "on explicit mesh axes"
         )
         return Choice("xla", reason)
     return _first_kernel(problem, platform, device_kind, family)

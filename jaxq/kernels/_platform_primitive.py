@@ -18,7 +18,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jaxq.kernels._devices import assumed_gpu, lowering_devices
-from jaxq.kernels._parts import Parts, can_partition, partitioned
 from jaxq.kernels._registry import PLATFORMS
 
 
@@ -42,7 +41,6 @@ def platform_primitive(
     form: Callable[..., Callable[..., Any]],
     *,
     multiple_results: bool = False,
-    parts: Callable[..., Parts | None] | None = None,
 ) -> Primitive:
     """Returns a primitive with rules for shapes, evaluation and lowering.
 
@@ -55,9 +53,6 @@ def platform_primitive(
       form: `form(target, avals, call=call)` returns the function of the operands that
         is lowered for a `Target`. `avals` are the abstract values of the operands.
       multiple_results: True if the primitive returns a list.
-      parts: `parts(avals, call=call)` says how XLA may cut the primitive into parts, in
-        a program for several devices; None if it may not. Without this argument the
-        whole primitive is lowered, and XLA partitions its operations.
     """
     primitive = Primitive(name)
     primitive.multiple_results = multiple_results
@@ -73,13 +68,6 @@ def platform_primitive(
 
     def lower(ctx, *operands, call, platform: str | None):
         """Lowers for one platform. None is every platform without kernels."""
-        cut = None
-        if parts is not None and can_partition(ctx):
-            cut = parts(ctx.avals_in, call=call)
-        if cut is not None:
-            # The part of a device is lowered by this rule again.
-            function = partitioned(primitive, call, cut)
-            return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
         with assumed_gpu(platform, ctx.avals_in):
             device_kind, num_devices = lowering_devices(ctx, platform)
             target = Target(

@@ -32,9 +32,7 @@ from jaxq.kernels._call import Call, float_leaves, with_leaves, without_index
 from jaxq.kernels._codes_product import codes_xla_form
 from jaxq.kernels._forms import pallas_form, xla_form
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
-from jaxq.kernels._parts import with_devices
 from jaxq.kernels._platform_primitive import Target, platform_primitive
-from jaxq.kernels._product_parts import product_parts
 from jaxq.kernels._quantize_activation import activation_xla_form
 from jaxq.kernels._ragged_primitive import ragged_form, ragged_tangent_form
 from jaxq.kernels._remat import has_stack, save_like_dots
@@ -56,7 +54,6 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
       `[m, n]`, or `[m, k]` if transposed, in `call.out_dtype`.
     """
     call, leaves = with_leaves(call, rows)
-    x = with_devices(x)
 
     def bind(*args: jax.Array) -> jax.Array:
         if x.ndim == 3:
@@ -118,9 +115,7 @@ def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
 
 # `matmul_p(x, *leaves)` is the product.
 # The codes among the leaves may be a stack with an index, see `Call.leaves`.
-matmul_p = platform_primitive(
-    "quantized_matmul", _abstract, _product_form, parts=product_parts
-)
+matmul_p = platform_primitive("quantized_matmul", _abstract, _product_form)
 # `tangent_p(x, *leaves, *dots)` is the derivative of the product along `dots`, the
 # tangents of the float leaves (scale, offset, codebook). It is linear in `dots`, and
 # in x.

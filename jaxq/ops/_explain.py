@@ -46,8 +46,8 @@ def explain(
 
     Nothing is computed. On a mesh each device multiplies its parts of the operands, and
     runs its own kernel. The plan says which parts, and which collectives there are.
-    If the mesh axes are automatic, this needs `jax.set_mesh(mesh)`, and a CPU or GPU.
-    Otherwise XLA partitions the product, and no kernel runs.
+    This needs mesh axes of type Explicit. Otherwise XLA partitions the product, and no
+    kernel runs.
 
     Args:
       lhs: array, `jax.ShapeDtypeStruct` or QTensor. A `TrainedWeight` multiplies as
@@ -141,9 +141,7 @@ def _plan_on_mesh(
     def plan_parts(lhs: Any, rhs: Any) -> Plan:
         return plan_whole(lhs, rhs, dims, platform)
 
-    plan = plan_on_mesh(
-        lhs, rhs, dims, mesh, platform, plan_parts, derivative=derivative
-    )
+    plan = plan_on_mesh(lhs, rhs, dims, mesh, plan_parts, derivative=derivative)
     if isinstance(plan, Plan):
         return plan
     whole = plan_whole(lhs, rhs, dims, platform, mesh.size)

@@ -40,7 +40,6 @@ def plan_on_mesh(
     rhs: Any,
     dims: DimensionNumbers,
     mesh: Any,
-    platform: str,
     plan_parts: Callable[[Any, Any], Plan],
     *,
     derivative: bool = False,
@@ -53,15 +52,17 @@ def plan_on_mesh(
       rhs: likewise.
       dims: dimension numbers without negative axes.
       mesh: the mesh of devices.
-      platform: the platform of the devices.
       plan_parts: `plan_parts(lhs, rhs)` returns the plan of a product on one device.
       derivative: True if it is the product for the gradient of the activation.
     """
     kinds = set(mesh.axis_types)
     if len(kinds) != 1:
         return "the mesh has axes of several types"
-    if kinds == {AxisType.Auto} and platform == "tpu":
-        return "the mesh axes are automatic; with explicit axes each device runs one"
+    if kinds == {AxisType.Auto}:
+        return (
+            "the mesh axes are automatic; with explicit axes each device runs a kernel "
+            "on its part"
+        )
     names = (_axes_of(lhs), _axes_of(rhs))
     layout = part_layout(lhs, rhs, dims, names, mesh)
     if layout is None:
@@ -85,7 +86,7 @@ def plan_on_mesh(
         multiply = jax.shard_map(record, mesh=sizes, in_specs=in_specs, out_specs=())
         jax.eval_shape(multiply, *shapes)
     plan, part = plans[0]
-    reason = _why_whole(plan, kinds == {AxisType.Auto})
+    reason = _why_whole(plan)
     if reason is not None:
         return reason
     if plan.activation_kernel is not None:
@@ -117,15 +118,12 @@ def _summed_in_gradient(
     return tuple(name for names in free for name in names)
 
 
-def _why_whole(plan: Plan, automatic: bool) -> str | None:
+def _why_whole(plan: Plan) -> str | None:
     """Why XLA partitions a product; None if devices multiply parts."""
     if plan.path == "dense":
         return "no operand is quantized"
-    if not automatic and plan.before:
-        return "an operand is prepared first, which XLA does on explicit axes"
-    is_other_primitive = plan.path == "codes" and plan.x_dtype is None
-    if automatic and (plan.path == "dequantize" or is_other_primitive):
-        return "XLA does not ask for the parts of such a product"
+    if plan.before:
+        return "x is quantized or scaled first, which XLA partitions"
     return None
 
 

@@ -299,18 +299,8 @@ def test_static_needs_data():
         ),
         (
             lambda r: nnx.Conv(8, 8, (3, 3), rngs=r),
-            jaxq.PerChannel(axis=-2),
-            "contracts axes",
-        ),
-        (
-            lambda r: nnx.Conv(8, 8, (3, 3), rngs=r),
             jaxq.PerGroup(24),
             "not a multiple of group size 24",
-        ),
-        (
-            lambda r: nnx.Einsum("btd,dn->btn", (32, 8), rngs=r),
-            jaxq.PerChannel(axis=-2),
-            "contracts axes",
         ),
         (
             lambda r: nnx.Linear(32, 8, rngs=r),
