@@ -122,6 +122,8 @@ def with_quantized_boxes(tree: Any) -> Any:
         value = value_in_box(node)
         return boxed_like(value, node) if isinstance(value, QTensor) else node
 
-    return jax.tree.map(
-        changed, tree, is_leaf=lambda node: isinstance(node, meta.AxisMetadata)
-    )
+    def is_leaf(node: Any) -> bool:
+        # A QTensor outside of boxes stays the same object.
+        return isinstance(node, meta.AxisMetadata | QTensor)
+
+    return jax.tree.map(changed, tree, is_leaf=is_leaf)
