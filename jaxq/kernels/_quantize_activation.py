@@ -28,12 +28,14 @@ from jaxq.kernels._activation_problem import ActivationProblem, activation_probl
 from jaxq.kernels._choice import kernel_on
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
+from jaxq.meshes import is_explicit
 from jaxq.qtensor import (
     Geometry,
     Meta,
     QTensor,
     QuantSpec,
     quantize_array,
+    quantized_like,
     without_gradient,
 )
 
@@ -62,8 +64,14 @@ def quantize_activation(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> QT
       A QTensor. NaN and infinities propagate.
     """
     call = ActivationCall(spec, geometry)
-    data, scale = quantize_activation_p.bind(without_gradient(x), call=call)
-    return QTensor(data, scale, None, None, None, call.meta(x.dtype.name))
+
+    def quantize(x: jax.Array) -> QTensor:
+        data, scale = quantize_activation_p.bind(x, call=call)
+        return QTensor(data, scale, None, None, None, call.meta(x.dtype.name))
+
+    x = without_gradient(x)
+    # On a mesh with explicit axes, the primitive does not know the sharding of codes.
+    return quantized_like(quantize, x) if is_explicit(x) else quantize(x)
 
 
 def activation_xla_form(

@@ -37,7 +37,12 @@ from jaxq.qtensor._leaf_specs import (
     num_shards,
     sharded_storage,
 )
-from jaxq.qtensor._mesh_axes import axes_of_array, mesh_axes, shard_like
+from jaxq.qtensor._mesh_axes import (
+    axes_of_array,
+    mesh_axes,
+    quantized_like,
+    shard_like,
+)
 from jaxq.qtensor._meta import Meta, input_size
 from jaxq.qtensor._nnx_types import is_linen_module as is_linen_module
 from jaxq.qtensor._nnx_types import is_nnx_module, is_nnx_state, is_nnx_variable
@@ -64,9 +69,10 @@ from jaxq.qtensor._trained_weight import (
 # as_spec, as_static, axes_of_array, check_floats, check_key, check_leaves,
 # decode_blocks, describe, divisible, find_cuts, inside_range, is_nnx_module,
 # is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, leaf_dtypes,
-# leaf_specs, mesh_axes, num_shards, quantize_array, raise_if_not_finite, range_options,
-# register_matmul, resolve, row_codes, row_quotients, row_scale, shard_like,
-# sharded_storage, storage_axes, with_margin, without_gradient and without_padding.
+# leaf_specs, mesh_axes, num_shards, quantize_array, quantized_like,
+# raise_if_not_finite, range_options, register_matmul, resolve, row_codes,
+# row_quotients, row_scale, shard_like, sharded_storage, storage_axes, with_margin,
+# without_gradient and without_padding.
 __all__ = [
     "Geometry",
     "Granularity",
