@@ -77,9 +77,9 @@ def explain(
         QTensor; or `derivative` is True and both operands are quantized, so that no
         activation has a gradient.
       ValueError: `platform` is unknown; or `dimension_numbers` is None and `matmul`
-        cannot multiply operands of these shapes; or the weight has an activation spec,
-        and a block size of this spec does not divide the contracted axis; or
-        `group_sizes` is given together with `dimension_numbers` or `derivative`.
+        cannot multiply operands of these shapes; or the weight has an activation spec
+        with which this product cannot be quantized; or `group_sizes` is given together
+        with `dimension_numbers` or `derivative`.
 
       With `group_sizes`, it raises what `ragged_dot` raises.
 
