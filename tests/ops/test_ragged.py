@@ -192,7 +192,6 @@ def test_a_quantized_row_has_a_forward_derivative():
         (jaxq.QuantSpec("int8", jaxq.PerTensor()), {}, r"share\. Use PerToken\(\)"),
         (jaxq.QuantSpec("int8", jaxq.PerBlock((3, 32))), {}, "share"),
         ("int8", {"outliers": 6.0}, "outlier threshold"),
-        (jaxq.QuantSpec("int8", jaxq.PerGroup(36)), {}, "not a multiple of group size"),
     ],
 )
 def test_specs_that_do_not_fit_rows_raise(spec, options, message):
