@@ -80,8 +80,9 @@ def plan_on_mesh(
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (lhs, rhs)
     )
-    # The axis types do not matter inside `shard_map`.
-    sizes = AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.axis_names))
+    # Automatic axes: the shapes of the operands do not say how they are sharded.
+    automatic = (AxisType.Auto,) * len(mesh.axis_names)
+    sizes = AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.axis_names), automatic)
     with jax.sharding.use_abstract_mesh(sizes):
         multiply = jax.shard_map(record, mesh=sizes, in_specs=in_specs, out_specs=())
         jax.eval_shape(multiply, *shapes)
