@@ -27,8 +27,10 @@ class Turn:
 
     def __init__(self, tree: Any, path: Path, caller: str):
         self._path, self._caller = path, caller
-        leaves = filter(has_remote_parts, jax.tree.leaves(tree))
-        self._shared: jax.Array | None = next(leaves, None)
+        # jax cannot list the leaves of a tree that is nested too deeply. The writer
+        # names such a tree in an error, so one process does not list them here.
+        leaves = jax.tree.leaves(tree) if jax.process_count() > 1 else []
+        self._shared: jax.Array | None = next(filter(has_remote_parts, leaves), None)
         self.is_mine = True
         if self._shared is not None:
             self._owner = first_owner(self._shared)
