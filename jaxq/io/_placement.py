@@ -1,4 +1,4 @@
-"""The devices of the arrays of a file, found before any array is read.
+"""The devices of the arrays of a file, known before any array is read.
 
 `load` reads only the parts of an array that the devices of this process need. So no
 device and no process ever holds a whole array that is sharded.
@@ -56,11 +56,11 @@ def plan_like(into: Any, owner: str) -> tuple[Plan, Place]:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(
             shapes, is_leaf=lambda node: isinstance(node, QTensor)
         )
-        found = []
+        shardings = []
         for path, value in leaves:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            found.append(_sharding_like(value, targets.get(name)))
-        return jax.tree.unflatten(treedef, found)
+            shardings.append(_sharding_like(value, targets.get(name)))
+        return jax.tree.unflatten(treedef, shardings)
 
     def place(name: str, value: Any) -> Any:
         target = targets.get(name)

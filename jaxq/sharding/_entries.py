@@ -46,6 +46,12 @@ class Entry(NamedTuple):
     value: Any
     spec: PartitionSpec | None
 
+    def leaf_with(self, value: Any) -> Any:
+        """Another value in the kind of leaf that the tree has."""
+        if is_nnx_variable(self.leaf):
+            return self.leaf.replace(value)
+        return self.leaf.replace_boxed(value) if is_box(self.leaf) else value
+
 
 def state_of(tree: Any) -> Any:
     """The arrays of an nnx model as an `nnx.State`; any other tree itself."""

@@ -9,12 +9,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.processes import put
-from jaxq.qtensor import QTensor, find_cuts, is_nnx_module, is_nnx_variable
+from jaxq.qtensor import QTensor, find_cuts, is_nnx_module
 from jaxq.sharding._checks import check_spec
 from jaxq.sharding._entries import (
     Entry,
     find_entries,
-    is_box,
     present_spec,
     single_entry,
 )
@@ -72,14 +71,14 @@ def place(
         entries, treedef = find_entries(tree, rules, "place")
     if fit_to_shards:
         entries = [_fitted(entry, mesh) for entry in entries]
-    found = specs_of_entries(entries, mesh, "place")
+    specs = specs_of_entries(entries, mesh, "place")
     values = [
         jax.tree.map(lambda leaf, spec: _put(leaf, mesh, spec), entry.value, at)
-        for entry, at in zip(entries, found, strict=True)
+        for entry, at in zip(entries, specs, strict=True)
     ]
     if treedef is None:
         return values[0]
-    leaves = [_in_leaf(entry, new) for entry, new in zip(entries, values, strict=True)]
+    leaves = [entry.leaf_with(new) for entry, new in zip(entries, values, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -96,10 +95,3 @@ def _fitted(entry: Entry, mesh: Mesh) -> Entry:
     if not find_cuts(value, spec, mesh):
         return entry
     return entry._replace(value=fitted(value, spec, mesh), spec=spec)
-
-
-def _in_leaf(entry: Entry, value: Any) -> Any:
-    """The placed value in the kind of leaf that the tree has."""
-    if is_nnx_variable(entry.leaf):
-        return entry.leaf.replace(value)
-    return entry.leaf.replace_boxed(value) if is_box(entry.leaf) else value

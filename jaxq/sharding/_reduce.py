@@ -5,10 +5,11 @@ This is a reduce-scatter. An all-reduce then quantizes the sum and gathers it. E
 number is rounded once in each of the two steps. A ring of additions would round it once
 for each device.
 
-Error feedback: a device adds to its array what rounding took away from the one before.
-In an all-reduce, the device that sums piece i also knows what the second rounding takes
-away from this piece. It adds that to its own share, so one array keeps both. The sum of
-all results and of the last errors is then the true sum of all arrays.
+Error feedback: rounding changes the array of a device. The difference is its error. In
+the next step the device adds this error to its new array. In an all-reduce, the device
+that sums piece i also knows the error of the second rounding of this piece. It adds
+this error to its own, so one array keeps both errors. The sum of all results and of the
+last errors is then the true sum of all arrays.
 
 References:
   Seide et al., "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel
@@ -231,18 +232,18 @@ def _on_leaves(
     if error is not None:
         errors = _errors_of(error, arrays, paths, treedef, caller)
     sums, new_errors = [], []
-    for number, (path, array, owed) in enumerate(
+    for number, (path, array, leaf_error) in enumerate(
         zip(paths, arrays, errors, strict=True)
     ):
         leaf_key = None if key is None else jax.random.fold_in(key, number)
         summand = array.astype(jnp.float32)
-        if owed is not None:
-            summand = summand + owed[0]
+        if leaf_error is not None:
+            summand = summand + leaf_error[0]
         total, residual = reduce(
             summand, dtype=array.dtype, key=leaf_key, path=path or "x"
         )
         sums.append(total)
-        if owed is not None:
+        if leaf_error is not None:
             # A NaN would stay in the error forever.
             residual = jnp.where(jnp.isfinite(residual), residual, jnp.float32(0))
             new_errors.append(residual[None])

@@ -8,11 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxq.qtensor import is_nnx_variable
 from jaxq.sharding._entries import (
     Entry,
     find_entries,
-    is_box,
     present_spec,
     single_entry,
     state_of,
@@ -46,7 +44,7 @@ def shardings_of(
         entries, treedef = find_entries(shapes, rules, caller)
     if rules is None and into is not None:
         entries = _like(entries, into, caller)
-    found = [
+    shardings = [
         jax.tree.map(
             lambda spec: NamedSharding(mesh, spec),
             specs,
@@ -55,8 +53,8 @@ def shardings_of(
         for specs in specs_of_entries(entries, mesh, caller)
     ]
     if treedef is None:
-        return found[0]
-    leaves = [_in_leaf(entry, at) for entry, at in zip(entries, found, strict=True)]
+        return shardings[0]
+    leaves = [entry.leaf_with(at) for entry, at in zip(entries, shardings, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -67,13 +65,6 @@ def check_mesh(mesh: Any, caller: str) -> None:
             f"{caller}: mesh must be a jax.sharding.Mesh of devices, got "
             f"{type(mesh).__name__}. Make one with jax.make_mesh."
         )
-
-
-def _in_leaf(entry: Entry, at: Any) -> Any:
-    """The shardings in the kind of leaf that the tree has."""
-    if is_nnx_variable(entry.leaf):
-        return entry.leaf.replace(at)
-    return entry.leaf.replace_boxed(at) if is_box(entry.leaf) else at
 
 
 def _like(entries: list[Entry], into: Any, caller: str) -> list[Entry]:

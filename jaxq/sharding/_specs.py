@@ -73,8 +73,8 @@ def specs(
         entries = [single_entry(tree, rules, "specs")]
         return specs_of_entries(entries, mesh, "specs")[0]
     entries, treedef = find_entries(state_of(tree), rules, "specs")
-    found = specs_of_entries(entries, mesh, "specs")
-    leaves = [_in_leaf(entry, at) for entry, at in zip(entries, found, strict=True)]
+    all_specs = specs_of_entries(entries, mesh, "specs")
+    leaves = [_in_leaf(entry, at) for entry, at in zip(entries, all_specs, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -86,19 +86,21 @@ def specs_of_entries(entries: list[Entry], mesh: Any, caller: str) -> list[Any]:
     """
     mesh = mesh_of(entries, mesh)
     problems: list[str] = []
-    found = []
+    all_specs = []
     for entry in entries:
         value, spec = entry.value, entry.spec
         if not hasattr(value, "shape"):
-            found.append(jax.tree.map(lambda _: PartitionSpec(), value))
+            all_specs.append(jax.tree.map(lambda _: PartitionSpec(), value))
             continue
         spec = present_spec(value) if spec is None else spec
         check_spec(entry, spec, mesh, caller)
         problems += problems_of(entry, spec, mesh)
-        found.append(leaf_specs(value, spec) if isinstance(value, QTensor) else spec)
+        all_specs.append(
+            leaf_specs(value, spec) if isinstance(value, QTensor) else spec
+        )
     if problems:
         raise ValueError(cut_message(problems, caller))
-    return found
+    return all_specs
 
 
 def _in_leaf(entry: Entry, at: Any) -> Any:
