@@ -4,6 +4,7 @@
     python benchmarks/run.py quantize matmul      # runs some subjects
     python benchmarks/run.py all --write          # all but kernels, and keeps figures
     python benchmarks/run.py methods --keep       # only rows that the last results lack
+    python benchmarks/run.py all --durations      # keeps only how long each one took
     python benchmarks/run.py kernels              # on an accelerator
 
 Each subject runs in a process of its own, and its cases run in turns (see timing.py).
@@ -30,6 +31,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# How long each subject took when it was last recorded, for the list of subjects.
+DURATIONS = "durations.json"
 SUBJECTS = (
     "cast",
     "gptq",
@@ -104,13 +107,14 @@ def _cpu(cpuinfo: str) -> dict[str, Any]:
     }
 
 
-def run_subject(name: str, keep: bool, write: bool) -> None:
+def run_subject(name: str, keep: bool, write: bool, durations: bool = False) -> None:
     """Runs one subject in this process, and prints its table.
 
     Args:
         name: of the subject.
         keep: whether to keep the rows of the last results.
         write: whether to replace the figures and the table in `RESULTS`.
+        durations: whether to record how long the subject took. `write` does so too.
     """
     start = time.perf_counter()
     sys.path.append(str(EXAMPLES))  # some subjects import library_text
@@ -125,8 +129,8 @@ def run_subject(name: str, keep: bool, write: bool) -> None:
     else:
         result = subject.run()
     result["device"] = description
-    if not keep:
-        result["seconds"] = round(time.perf_counter() - start)
+    if not keep and (write or durations):
+        _record_duration(name, time.perf_counter() - start)
     text = _page(subject, result)
     if write:
         figures.write_text(json.dumps(result, indent=1) + "\n")
@@ -135,23 +139,30 @@ def run_subject(name: str, keep: bool, write: bool) -> None:
 
 
 def listing() -> str:
-    """The subjects, what they measure, and how long their last runs took."""
+    """The subjects, what they measure, and how long they took."""
+    durations = _durations()
     lines = []
     for name in SUBJECTS:
         module = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
         summary = (ast.get_docstring(module) or "").partition("\n")[0]
-        lines.append(f"  {name:14} {_duration(name):>12}  {summary}")
+        duration = "not recorded"
+        if name in durations:
+            duration = f"{durations[name] / 60:.1f} min"
+        lines.append(f"  {name:14} {duration:>12}  {summary}")
     return "\n".join(lines)
 
 
-def _duration(name: str) -> str:
-    """How long the last written run of a subject took, on any device."""
-    seconds = []
-    for path in RESULTS.glob(f"{name}-*.json"):
-        result = json.loads(path.read_text())
-        if isinstance(result, dict) and "seconds" in result:
-            seconds.append(result["seconds"])
-    return f"{max(seconds) / 60:.1f} min" if seconds else "not recorded"
+def _durations() -> dict[str, int]:
+    """The seconds that the last recorded run of each subject took."""
+    path = RESULTS / DURATIONS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _record_duration(name: str, seconds: float) -> None:
+    """Records how long a subject took on this machine, in whole seconds."""
+    durations = _durations() | {name: round(seconds)}
+    text = json.dumps(durations, indent=1, sort_keys=True)
+    (RESULTS / DURATIONS).write_text(text + "\n")
 
 
 def _page(subject: Any, result: dict[str, Any]) -> str:
@@ -194,6 +205,11 @@ def main() -> None:
         action="store_true",
         help="measure only what the last results lack (methods)",
     )
+    parser.add_argument(
+        "--durations",
+        action="store_true",
+        help="record how long each subject took, and no figures",
+    )
     # In the process of one subject.
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -201,10 +217,10 @@ def main() -> None:
     if args.keep and subjects != ["methods"]:
         parser.error("--keep works with the subject methods alone.")
     if args.one:
-        run_subject(args.one, args.keep, args.write)
+        run_subject(args.one, args.keep, args.write, args.durations)
         return
     if not subjects:
-        print("Subjects, and how long their last runs took:\n" + listing())
+        print("Subjects, and about how long each takes on two CPU cores:\n" + listing())
         return
     if "all" in subjects:
         subjects = [name for name in SUBJECTS if name != "kernels"]
@@ -216,6 +232,8 @@ def main() -> None:
             command.append("--keep")
         if args.write:
             command.append("--write")
+        if args.durations:
+            command.append("--durations")
         environment = os.environ | ENVIRONMENT.get(name, {})
         subprocess.run(command, check=True, env=environment)
 

@@ -34,7 +34,7 @@ class Subject:
 
 
 def test_without_arguments_the_subjects_are_listed(runner, monkeypatch, capsys):
-    (runner.RESULTS / "cast-cpu.json").write_text(json.dumps({"seconds": 90}))
+    (runner.RESULTS / "durations.json").write_text(json.dumps({"cast": 90}))
     monkeypatch.setattr(sys, "argv", ["run.py"])
     runner.main()
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -50,4 +50,12 @@ def test_only_write_replaces_the_results(runner, monkeypatch, capsys):
     assert not list(runner.RESULTS.iterdir())
     runner.run_subject("cast", keep=False, write=True)
     names = sorted(path.suffix for path in runner.RESULTS.iterdir())
-    assert names == [".json", ".md"]
+    assert names == [".json", ".json", ".md"]
+
+
+def test_durations_are_recorded_without_figures(runner, monkeypatch):
+    (runner.RESULTS / "durations.json").write_text(json.dumps({"cast": 90, "gptq": 7}))
+    monkeypatch.setitem(sys.modules, "cast", Subject)
+    runner.run_subject("cast", keep=False, write=False, durations=True)
+    (path,) = runner.RESULTS.iterdir()
+    assert json.loads(path.read_text()) == {"cast": 0, "gptq": 7}
