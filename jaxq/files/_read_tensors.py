@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,8 +87,6 @@ class TensorFile:
         try:
             self.metadata, self.headers = self._read_header()
             self._checksums = self._read_checksums() if verify else None
-            # Chunks whose checksum was right: name and number.
-            self._verified: set[tuple[str, int]] = set()
         except BaseException:
             self._file.close()
             raise
@@ -123,35 +122,51 @@ class TensorFile:
         data = self._read_bytes(name, start * row_bytes, stop * row_bytes)
         return self._as_array(name, data, (stop - start, *row))
 
-    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor, such as the part of one device.
+    def read_parts(
+        self, name: str, indices: Sequence[tuple[slice, ...]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Parts of a tensor, such as the parts of the devices of a process.
 
-        Only the chunks that hold bytes of the part are read and compared with their
-        checksums. This takes the memory of the part and of one chunk.
+        Only the chunks that hold bytes of the parts are read and compared with their
+        checksums, each of them once. Each part is returned as soon as it is complete.
+        So parts along the first axis take the memory of one or two parts, and parts
+        along the last axis take the memory of all parts.
 
         Args:
           name: of the tensor.
-          index: a slice with step 1 for each axis.
+          indices: of each part, a slice with step 1 for each axis.
+
+        Yields:
+          The place of a part in `indices`, and the part.
 
         Raises:
           RefusedFile: as `read`.
         """
         header, dtype = self.headers[name], self._dtype(name)
-        bounds = [
-            part.indices(size)[:2]
-            for part, size in zip(index, header.shape, strict=True)
-        ]
-        shape = tuple(stop - start for start, stop in bounds)
-        data = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        if data.size:
-            part = PartBytes(header.shape, bounds, dtype.itemsize)
-            chunk_bytes = self._checksums.chunk if self._checksums else CHUNK
-            size = header.stop - header.start
-            for number in part.chunks(chunk_bytes):
-                start = number * chunk_bytes
-                stop = min(start + chunk_bytes, size)
-                part.copy(self._read_bytes(name, start, stop), start, data)
-        return self._as_array(name, data, shape)
+        parts = [PartBytes(header.shape, index, dtype.itemsize) for index in indices]
+        chunk_bytes = self._checksums.chunk if self._checksums else CHUNK
+        num_chunks = []  # of each part, without those that were read
+        places: dict[int, list[int]] = {}  # of the parts that have bytes of a chunk
+        for place, part in enumerate(parts):
+            chunks = part.chunks(chunk_bytes)
+            num_chunks.append(len(chunks))
+            for number in chunks:
+                places.setdefault(number, []).append(place)
+            if not chunks:
+                yield place, np.empty(part.shape, dtype)
+        data: dict[int, np.ndarray] = {}
+        for number in sorted(places):
+            start = number * chunk_bytes
+            stop = min(start + chunk_bytes, header.stop - header.start)
+            chunk = self._read_bytes(name, start, stop)
+            for place in places[number]:
+                part = parts[place]
+                if place not in data:
+                    data[place] = np.empty(part.num_bytes, np.uint8)
+                part.copy(chunk, start, data[place])
+                num_chunks[place] -= 1
+                if num_chunks[place] == 0:
+                    yield place, self._as_array(name, data.pop(place), part.shape)
 
     def _read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
         """Some bytes of a tensor, after a comparison of their checksums."""
@@ -167,16 +182,12 @@ class TensorFile:
         for number, chunk_start, chunk_stop in chunks:
             chunk = data[chunk_start - first : chunk_stop - first]
             self._read_into(chunk, header.start + chunk_start)
-            # Parts of several devices are in one chunk.
-            if (name, number) in self._verified:
-                continue
             found = checksum(name, header.dtype, header.shape, number, chunk.data)
             if found != checksums.of(name, number):
                 raise self.damaged(
                     f"bytes {chunk_start} to {chunk_start + chunk.size - 1} of {name} "
                     f"do not have their checksum. verify=False reads them anyway"
                 )
-            self._verified.add((name, number))
         return data[start - first : stop - first]
 
     def _as_array(

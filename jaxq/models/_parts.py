@@ -1,9 +1,9 @@
-"""The parameters of a model on a mesh, read from files part by part."""
+"""The parameters of a model on a mesh, read from files shard by shard."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxq.files import TensorFile
-from jaxq.sharding import Rules, array_from_parts, shardings_of
+from jaxq.serialization import Index, read_shards
+from jaxq.sharding import Rules, shardings_of
 
 
 class Source(NamedTuple):
@@ -28,11 +29,14 @@ class Source(NamedTuple):
     name: str
     is_transposed: bool
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of the parameter."""
+    def read(self, indices: Sequence[Index]) -> Iterator[tuple[int, np.ndarray]]:
+        """The place in `indices` and the numbers of each part of the parameter."""
         if not self.is_transposed:
-            return self.file.read_part(self.name, index)
-        return self.file.read_part(self.name, index[::-1]).T
+            yield from self.file.read_parts(self.name, indices)
+            return
+        stored = [index[::-1] for index in indices]
+        for place, part in self.file.read_parts(self.name, stored):
+            yield place, part.T
 
 
 # The tensor of each layer of a parameter. The key is None if layers are not stacked.
@@ -59,24 +63,30 @@ def read_on_mesh(
     values = {}
     for path, layers in sources.items():
         shape, dtype = flat[path].shape, flat[path].dtype
-        read = functools.partial(_read_part, layers, dtype)
+        read = functools.partial(_read, layers, dtype)
         at = shardings[path].get_value()
-        values[path] = array_from_parts(shape, dtype, at, read)
+        values[path] = read_shards(shape, dtype, at, read)
     return values
 
 
-def _read_part(
-    layers: Sources, dtype: np.dtype, index: tuple[slice, ...]
-) -> np.ndarray:
-    """A part of a parameter, of layers that are stacked or not."""
+def _read(
+    layers: Sources, dtype: np.dtype, indices: Sequence[Index]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Shards of a parameter, of layers that are stacked or not."""
     if None in layers:
-        return layers[None].read(index).astype(dtype)
-    part = None
-    numbers = range(len(layers))[index[0]]
-    for place, number in enumerate(numbers):
-        layer = layers[number].read(index[1:])
-        if part is None:
-            part = np.empty((len(numbers), *layer.shape), dtype)
-        part[place] = layer.astype(dtype)
-    assert part is not None
-    return part
+        for place, shard in layers[None].read(indices):
+            yield place, shard.astype(dtype)
+        return
+    numbers = [range(len(layers))[index[0]] for index in indices]
+    shards: dict[int, np.ndarray] = {}
+    for number in range(len(layers)):
+        places = [i for i, inside in enumerate(numbers) if number in inside]
+        parts = layers[number].read([indices[place][1:] for place in places])
+        for i, part in parts:
+            place = places[i]
+            first = numbers[place].start
+            if place not in shards:
+                shards[place] = np.empty((len(numbers[place]), *part.shape), dtype)
+            shards[place][number - first] = part.astype(dtype)
+            if number == numbers[place][-1]:
+                yield place, shards.pop(place)

@@ -16,5 +16,7 @@ from jaxq.serialization._contents import Contents as Contents
 from jaxq.serialization._contents import read_contents as read_contents
 from jaxq.serialization._contents import read_tree, write_tree
 from jaxq.serialization._contents import write_contents as write_contents
+from jaxq.serialization._read_shards import Index as Index
+from jaxq.serialization._read_shards import read_shards as read_shards
 
 __all__ = ["read_tree", "write_tree"]

@@ -17,7 +17,7 @@ rebuilds the value. The field "is" of an entry says which kind of value it descr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,8 @@ from jaxq.qtensor import (
 )
 from jaxq.serialization._boxes import box_fields, boxed, name_of_value
 from jaxq.serialization._damage import NATIVE, damage_of, dtype_of
-from jaxq.sharding import array_from_parts, is_box, value_in_box
+from jaxq.serialization._read_shards import Index, read_shards
+from jaxq.sharding import is_box, value_in_box
 
 # safetensors has no name for some dtypes of jax. So an array of another dtype than
 # `NATIVE`, such as bfloat16, is stored as unsigned integers of the same width, and its
@@ -298,7 +299,7 @@ class EntryReader:
             return jax.ShapeDtypeStruct(self._file.headers[name].shape, dtype)
         # jax would round 64 bits to 32. So such an array stays on the host.
         if at is not None and jax_dtype == dtype:
-            return self._read_parts(name, dtype, at)
+            return self._read_shards(name, dtype, at)
         stored = self._in_dtype(name, self._file.read(name), dtype)
         return stored if jax_dtype != dtype else self._on_device(name, stored)
 
@@ -326,17 +327,17 @@ class EntryReader:
                 f"{name} is {stored.dtype}, which this platform cannot hold: {error}"
             ) from error
 
-    def _read_parts(self, name: str, dtype: np.dtype, at: Sharding) -> jax.Array:
-        """An array on several devices, of which only the parts are read."""
+    def _read_shards(self, name: str, dtype: np.dtype, at: Sharding) -> jax.Array:
+        """An array on several devices. Only the shards of this process are read."""
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            return self._in_dtype(name, self._file.read_part(name, index), dtype)
+        def read(indices: Sequence[Index]) -> Iterator[tuple[int, np.ndarray]]:
+            for place, shard in self._file.read_parts(name, indices):
+                yield place, self._in_dtype(name, shard, dtype)
 
-        def put(part: np.ndarray, device: Any) -> jax.Array:
-            return self._on_device(name, part, device)
+        def put(shard: np.ndarray, device: Any) -> jax.Array:
+            return self._on_device(name, shard, device)
 
-        shape = self._file.headers[name].shape
-        return array_from_parts(shape, dtype, at, read, put)
+        return read_shards(self._file.headers[name].shape, dtype, at, read, put)
 
     def _rebuild_qtensor(self, entry: dict[str, Any], path: str, at: Any) -> QTensor:
         name = path or "the value"
