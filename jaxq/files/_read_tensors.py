@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +97,15 @@ class TensorFile:
 
     def __exit__(self, *error: Any) -> None:
         self._file.close()
+
+    def fingerprint(self) -> int:
+        """A checksum of the header, which has the checksums of all tensors.
+
+        Files of earlier versions have no checksums. Then it covers the names, dtypes
+        and shapes of the tensors only.
+        """
+        text = json.dumps([self.metadata, self.headers], sort_keys=True)
+        return zlib.crc32(text.encode())
 
     def read(self, name: str) -> np.ndarray:
         """The array of a tensor.

@@ -24,8 +24,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     saved. To get a model back, give `load` a model of the same class.
 
     If other processes of `jax.distributed` hold parts of an array, all of them must
-    make this call. The first one gathers the arrays in its memory and writes the file,
-    and the others wait. Every process raises an error if it cannot write.
+    make this call. The first one gets the parts of the others in its host memory and
+    writes the file. If one of them has an error, all of them raise.
 
     Args:
       path: the file to write. Its folder must exist. If the path is a symbolic link,
@@ -69,6 +69,9 @@ def load(
 ) -> Any:
     """Reads a file that `save` wrote.
 
+    If arrays are put on devices of several processes, all of these processes must make
+    this call. If one of them cannot read its parts, all of them raise.
+
     Args:
       path: the file to read.
       into: a float model of the class that was saved, or the result of
@@ -108,6 +111,8 @@ def load(
         or is damaged. The error names the file and the value.
       ValueError: `into` has shapes on a mesh, and `load` is not called in
         `jax.set_mesh` of this mesh.
+      OSError, ValueError: another process could not read its parts, or has a different
+        file.
       ValueError: the file does not fit `into`. The error names every array that is
         missing, unexpected or of another shape. It also names every layer whose inputs
         are transformed in another way in the model than in the file.
@@ -124,10 +129,12 @@ def load(
     """
     _check_into(into)
     plan = plan_on_mesh(into, mesh, rules, "load")
-    place = None
+    place, devices = None, set() if mesh is None else set(mesh.devices.flat)
     if into is not None and mesh is None:
-        plan, place = plan_like(into, f"load: into= for {path}")
-    contents = read_contents(path, caller="load", verify=verify, place=place, plan=plan)
+        plan, place, devices = plan_like(into, f"load: into= for {path}")
+    contents = read_contents(
+        path, caller="load", verify=verify, plan=plan, place=place, devices=devices
+    )
     if contents.kind not in ("tree", "model"):
         raise ValueError(
             f"load: {path} holds a {contents.kind!r:.80}, which this version of jaxq "

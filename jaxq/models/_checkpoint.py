@@ -35,6 +35,7 @@ from jaxq.files import (
 from jaxq.models._parts import Source, Sources, read_on_mesh
 from jaxq.models.llama import Llama, LlamaConfig
 from jaxq.nn.layers import input_transforms
+from jaxq.processes import Agreement
 from jaxq.sharding import Rules, check_mesh
 
 _CONFIG = "config.json"
@@ -93,7 +94,9 @@ def load(
             is exact in float32.
         scan_layers: stack the layers and run them by one scan, see `LlamaConfig`.
         mesh: puts the parameters on this mesh of devices. Of each tensor, only the
-            parts of this process's devices are read, one by one.
+            parts of this process's devices are read, one by one. If the mesh has
+            devices of several processes, all of them must make this call. If one of
+            them cannot read its parts, all of them raise.
         rules: the mesh axes of parameters by pattern, as in `jaxq.sharding.place`:
             `{"**/up_proj/kernel": PartitionSpec(None, "t"), "**": PartitionSpec()}`.
             Paths are those of the model, for example "layers/0/mlp/up_proj/kernel", or
@@ -138,6 +141,20 @@ def load(
         check_mesh(mesh, "jaxq.models.load")
     elif rules is not None:
         raise TypeError("jaxq.models.load: rules= needs mesh=, the mesh of devices.")
+    devices = () if mesh is None else mesh.devices.flat
+    with Agreement(devices, f"jaxq.models.load: {path} cannot be read"):
+        return _load(path, stored_dtype, scan_layers, mesh, rules, verify)
+
+
+def _load(
+    path: Path,
+    stored_dtype: jnp.dtype,
+    scan_layers: bool,
+    mesh: Mesh | None,
+    rules: Rules,
+    verify: bool,
+) -> tuple[Llama, Any]:
+    """`load` after the checks of its arguments."""
     config_text = _read_text(_require_file(path, _CONFIG))
     config = _parse_config(path / _CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.

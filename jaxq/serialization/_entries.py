@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxq.files import RefusedFile, TensorFile
-from jaxq.processes import to_numpy
+from jaxq.processes import put
 from jaxq.qtensor import (
     LEAVES,
     Meta,
@@ -54,13 +54,13 @@ class EntryWriter:
 
     Args:
       caller: the function that errors name.
-      keeps_arrays: False if another process writes the file. `tensors` then has empty
-        arrays, because the host need not hold the whole tree.
+      fetch: returns the numbers of an array, or None if another process writes the
+        file. `tensors` then has an empty array.
     """
 
-    def __init__(self, caller: str, *, keeps_arrays: bool = True):
+    def __init__(self, caller: str, fetch: Callable[[Any], np.ndarray | None]):
         self._caller = caller
-        self._keeps_arrays = keeps_arrays
+        self._fetch = fetch
         self.tensors: dict[str, np.ndarray] = {}
 
     def describe(self, value: Any, path: str) -> dict[str, Any]:
@@ -109,14 +109,12 @@ class EntryWriter:
                 f"{self._caller}: {path or 'the value'} is a masked array. A file has "
                 "no masks. Save value.filled(...), or data and mask as two arrays."
             )
-        array = to_numpy(value)
-        dtype = array.dtype
-        if dtype.name in NATIVE:
-            stored = array
+        dtype = value.dtype
+        carrier = None
         # isbuiltin == 2: a dtype of another package, here ml_dtypes (bfloat16, float8).
-        elif dtype.isbuiltin == 2 and dtype.itemsize in _CARRIERS:
-            stored = array.view(_CARRIERS[dtype.itemsize])
-        else:
+        if dtype.isbuiltin == 2:
+            carrier = _CARRIERS.get(dtype.itemsize)
+        if dtype.name not in NATIVE and carrier is None:
             raise TypeError(
                 f"{self._caller}: {path or 'the value'} has dtype {dtype}, which "
                 "cannot be saved. Convert it to a dtype that jax has."
@@ -126,8 +124,10 @@ class EntryWriter:
         # "__metadata__" is reserved by safetensors.
         while tensor in self.tensors or tensor == "__metadata__":
             tensor += "'"
-        if not self._keeps_arrays:
-            stored, array = np.empty(0, stored.dtype), np.empty(0)
+        array = self._fetch(value)
+        if array is None:
+            array = np.empty(0, dtype)
+        stored = array if dtype.name in NATIVE else array.view(carrier)
         self.tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
         entry = {"is": "array", "tensor": tensor, "dtype": dtype.name}
         return entry if isinstance(value, jax.Array) else {**entry, "numpy": True}
@@ -399,10 +399,7 @@ _REBUILDERS = {
 
 def _put_whole(leaf: jax.Array, at: Sharding | None) -> jax.Array:
     """An array that this process has as a whole, on the devices of a sharding."""
-    if at is None:
-        return leaf
-    values = np.asarray(leaf)
-    return jax.make_array_from_callback(values.shape, at, lambda index: values[index])
+    return leaf if at is None else put(leaf, at, compares=False)
 
 
 def _is_shape(value: Any) -> bool:
