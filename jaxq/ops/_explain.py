@@ -23,7 +23,7 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
-from jaxq.ops._plan_on_mesh import mesh_of, plan_on_mesh
+from jaxq.ops._plan_of_parts import mesh_of, plan_of_parts
 from jaxq.ops._platform_choice import known_platform, num_devices_of
 from jaxq.ops._ragged import check_ragged
 from jaxq.qtensor import QTensor, TrainedWeight
@@ -128,20 +128,20 @@ def explain(
     if mesh is None or mesh.size == 1:
         plan = derivative_on_platform if derivative else plan_on_platform
         return plan(lhs, rhs, dims, platform, num_devices)
-    return _plan_on_mesh(lhs, rhs, dims, platform, mesh, derivative)
+    return _plan_of_devices(lhs, rhs, dims, platform, mesh, derivative)
 
 
-def _plan_on_mesh(
+def _plan_of_devices(
     lhs: Any, rhs: Any, dims: Any, platform: str, mesh: Any, derivative: bool
 ) -> Plan:
     """The plan of a product whose parts are on the devices of a mesh."""
     dims = nonnegative(lhs, rhs, dims)
     plan_whole = derivative_on_platform if derivative else plan_on_platform
 
-    def plan_parts(lhs: Any, rhs: Any) -> Plan:
+    def plan_on_one(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
         return plan_whole(lhs, rhs, dims, platform)
 
-    plan = plan_on_mesh(lhs, rhs, dims, mesh, plan_parts, derivative=derivative)
+    plan = plan_of_parts(lhs, rhs, dims, mesh, plan_on_one, derivative=derivative)
     if isinstance(plan, Plan):
         return plan
     whole = plan_whole(lhs, rhs, dims, platform, mesh.size)

@@ -364,3 +364,16 @@ def test_products_of_codes_never_widen_a_whole_operand(weight, activation, most,
         lambda x, qt: x @ qt, jax.ShapeDtypeStruct((m, 4096), jnp.float32), qt
     )
     assert program.memory_analysis().temp_size_in_bytes <= most
+
+
+@pytest.mark.parametrize(
+    ("preset", "activation"),
+    [("fp8", "fp8"), ("int8", "uint8"), ("int4", "uint8"), ("int4", "int8")],
+)
+def test_codes_along_columns_give_the_same_product(preset, activation):
+    qt = jaxq.quantize(normal_with_outliers(64, 96), preset).with_activation(activation)
+    x = normal_with_outliers(4, 64)
+    expected = np.asarray(x @ qt)
+    bound = 1e-6 * np.abs(expected).max()
+    columns = np.asarray(x @ jaxq.relayout(qt, "columns"))
+    np.testing.assert_allclose(columns, expected, rtol=0, atol=bound)

@@ -117,6 +117,33 @@ def test_fully_sharded_layers_gather_codes(name, where):
         assert total(found, "all-gather", floats) <= most * scales
 
 
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_layers_with_quantized_activations_move_no_floats_of_weights(name):
+    """Each device quantizes its rows. A row-parallel layer needs maxima of rows."""
+    mesh = mesh_of(AxisType.Explicit)
+    found = {}
+    with jax.set_mesh(mesh):
+        x = sharding.place(normal_with_outliers(ROWS, K), mesh, P("d"))
+        for where, specs in (("tensor", TENSOR), ("fsdp", FSDP["rows"])):
+            up, down = (qt.with_activation("int8") for qt in layers(name, mesh, specs))
+            found[where] = collectives(block, x, up, down)
+            found[f"{where}, backward"] = collectives(jax.grad(loss), x, up, down)
+        codes, scales = leaf_bytes(up, down)
+    activation, maxima = ROWS // 2 * K * 4, ROWS // 2 * 4
+    sums = "s32" if name == "int8" else "f32"  # int4 has scales in groups
+    assert sorted(found["tensor"]) == sorted(
+        [("all-reduce", "u32", maxima), ("all-reduce", sums, activation)]
+    )
+    both = found["tensor, backward"]
+    assert {kind for kind, _, _ in both} == {"all-reduce"}
+    assert total(both, "all-reduce") == 2 * activation + maxima
+    for where, most in (("fsdp", 1), ("fsdp, backward", 2)):
+        assert {kind for kind, _, _ in found[where]} == {"all-gather"}
+        times = total(found[where], "all-gather", ("s8", "u8")) / codes
+        assert times in range(1, most + 1)
+        assert total(found[where], "all-gather", ("f32", "bf16")) <= most * scales
+
+
 def test_the_backward_pass_gathers_codes_again():
     """With explicit axes no device keeps the gathered codes for the backward pass."""
     mesh = mesh_of(AxisType.Explicit)

@@ -1,5 +1,9 @@
 """Products on a mesh: what `explain` says, and the programs that devices get."""
 
+import dataclasses
+import re
+import warnings
+
 import jax
 import numpy as np
 import pytest
@@ -77,12 +81,74 @@ def test_xla_partitions_products_on_automatic_axes(platform):
         multiply.trace(x, qt).lower(lowering_platforms=(platform,))
 
 
-def test_explain_says_when_xla_partitions_a_product():
+# Weight, activation, layout, whether a kernel quantizes the activation on each device,
+# and the dtype of an all-reduce.
+QUANTIZED_INPUT = [
+    ("int4", "int8", "column", True, None),
+    ("int4", "int8", "row", False, "float32"),
+    ("int4", "int8", "sliced x", True, "float32"),
+    ("int4", "int8", "fsdp", True, None),
+    ("int4", "fp8", "both", True, "float32"),
+    ("int8", "int8", "both", True, "int32"),
+]
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+@pytest.mark.parametrize(
+    ("preset", "activation", "where", "has_kernel", "sum_dtype"), QUANTIZED_INPUT
+)
+def test_each_device_multiplies_quantized_activations(
+    preset, activation, where, has_kernel, sum_dtype, platform
+):
+    mesh = mesh_for(platform, AxisType.Explicit)
+    x, qt = shapes_of(mesh, where, platform, preset)
+    qt = qt.with_activation(activation)
+    _, _, part, gathered, summed = CASES[where]
+    plan = jaxq.explain(x, qt, platform=platform, mesh=mesh)
+    assert plan.path == "codes"
+    assert (plan.num_devices, plan.part) == (4, part)
+    assert (plan.gathered, plan.summed) == (gathered, summed)
+    assert (plan.activation_kernel != "xla") == has_kernel
+    assert has_kernel or "several devices share" in plan.why_no_activation_kernel
+    assert (sum_dtype or "all-reduce") in str(plan) or not summed
+    is_native = (platform, preset) == ("cuda", "int8")  # XLA has such a product
+    assert (plan.kernel == "xla") == is_native
+    with (
+        warnings.catch_warnings(),
+        jax.sharding.use_abstract_mesh(mesh),
+    ):
+        warnings.simplefilter("error", kernels.FallbackWarning)
+        traced = jax.jit(lambda x, qt: x @ qt).trace(x, qt)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dot_general") == is_native
+    assert text.count("stablehlo.custom_call") == has_kernel + (not is_native)
+    assert text.count("all_reduce") == len(summed)
+    if summed:
+        name = {"int32": "i32", "float32": "f32"}[sum_dtype]
+        assert re.search(rf"all_reduce.*?-> tensor<\S+x{name}>", text, re.DOTALL)
+
+
+def test_a_mesh_does_not_change_how_operands_are_prepared():
     mesh = mesh_for("tpu", AxisType.Explicit)
     x, qt = shapes_of(mesh, "row", "tpu", "int8")
-    plan = jaxq.explain(x, qt.with_activation("int8"), platform="tpu", mesh=mesh)
-    assert (plan.kernel, plan.part) == ("xla", None)
-    assert "quantized or scaled first" in plan.why_no_kernel
+    factors = jax.ShapeDtypeStruct((K,), "float32")
+    qt = dataclasses.replace(qt.with_activation("int8"), input_scale=factors)
+    plan = jaxq.explain(x, qt, platform="tpu", mesh=mesh)
+    assert plan.before == ("scale_left", "quantize_left")
+    assert (plan.kernel, plan.summed, plan.result) == ("tpu", ("t",), "int32")
+    asymmetric = qt.with_activation(jaxq.QuantSpec("uint8", offset="min"))
+    plan = jaxq.explain(x, asymmetric, platform="tpu", mesh=mesh)
+    assert plan.before == ("scale_left", "quantize_left", "dequantize_left")
+    assert (plan.kernel, plan.summed, plan.result) == ("tpu", ("t",), "float32")
+
+
+def test_outlier_columns_have_a_kernel_on_each_device():
+    mesh = mesh_for("cuda", AxisType.Explicit)
+    x, qt = shapes_of(mesh, "row", "cuda", "int8")
+    qt = qt.with_activation("int8", outliers=6.0)
+    plan = jaxq.explain(x, qt, platform="cuda", mesh=mesh)
+    assert plan.kernel == "mosaic_gpu"
+    assert (plan.part, plan.summed) == ("[8, 256] @ [256, 1024]", ("t",))
 
 
 @pytest.mark.parametrize(
