@@ -30,9 +30,6 @@ _OTHER_BITS = {
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8,
     "C64": 64,
@@ -277,7 +274,7 @@ class TensorFile:
         try:
             # Strict: Python's decoder takes the last of two equal names.
             entries = json.loads(
-                text.decode("utf-8"), object_pairs_hook=_without_equal_names
+                text.decode("utf-8"), object_pairs_hook=without_equal_names
             )
         except (ValueError, RecursionError) as error:
             raise self._not_whole(f"its header cannot be parsed: {error}") from error
@@ -325,7 +322,8 @@ class TensorFile:
         return self.damaged(f"it is not a whole safetensors file: {reason}")
 
 
-def _without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different, for `object_pairs_hook`."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:

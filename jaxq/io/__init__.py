@@ -1,11 +1,28 @@
-"""jaxq's own files: models and trees in safetensors.
+"""jaxq's own files, and checkpoints of other libraries.
 
 `save` writes a tree (dicts, lists and tuples of arrays, numbers and QTensors) or a
 model (its arrays by path). `load` reads it back, and can put the arrays into a float
 model. `jaxq.serialization` describes how values are stored.
+
+`read_checkpoint` reads the quantized checkpoints of other libraries, and `export`
+writes them. `layouts` has the functions for the arrays of one weight.
 """
+
+from pathlib import Path
+from typing import Any
 
 from jaxq.io import layouts as layouts
 from jaxq.io._saving import load, save
+from jaxq.io.checkpoint import Checkpoint, export, read_checkpoint
+from jaxq.io.checkpoint import CheckpointParts as CheckpointParts
+from jaxq.io.checkpoint import is_quantized as is_quantized
+from jaxq.io.checkpoint import register_model as register_model
 
-__all__ = ["layouts", "load", "save"]
+__all__ = ["Checkpoint", "export", "layouts", "load", "read_checkpoint", "save"]
+
+
+def fill_model(model: Any, values: dict[str, Any], path: Path) -> Any:
+    """A copy of an nnx model with the arrays and QTensors of a file, by path."""
+    from jaxq.io._into_model import into_model  # imports Flax
+
+    return into_model(model, values, path, None)

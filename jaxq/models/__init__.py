@@ -10,8 +10,10 @@ here change a model without changing what it computes: they move scales between 
 make outliers in that way, rotate the model, or stack its layers.
 """
 
+from jaxq.io import register_model
 from jaxq.models import llama
 from jaxq.models._checkpoint import load, save
+from jaxq.models._checkpoint_parts import checkpoint_parts
 from jaxq.models._generate import generate
 from jaxq.models._outliers import with_outliers
 from jaxq.models._rotate import rotate, rotate_by
@@ -23,6 +25,7 @@ from jaxq.ops import KVCache
 
 llama.set_quantized_cache(KVCache.empty)
 register_folding(Llama, norm_groups, fold_scales)
+register_model(Llama, checkpoint_parts)
 register_rotation(Llama, rotate_by)
 
 __all__ = [

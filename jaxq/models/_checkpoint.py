@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,26 +21,27 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxq.files import (
-    NewFile,
+    CONFIG,
+    SINGLE,
     TensorFile,
     TensorHeader,
     is_file,
-    leftovers,
-    locked_folder,
+    listed,
     naming_errors,
-    remove_leftovers,
-    sync_folder,
-    write_tensors,
+    open_weights,
+    parse_json,
+    read_text,
+    require_file,
+    write_directory,
 )
+from jaxq.io import is_quantized, read_checkpoint
 from jaxq.models._parts import Source, Sources, read_on_mesh
+from jaxq.models._quantized import filled_with_quantized, headers_of
 from jaxq.models.llama import Llama, LlamaConfig
 from jaxq.nn.layers import input_transforms
 from jaxq.processes import Agreement
 from jaxq.sharding import Rules, check_mesh
 
-_CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 _SAVED_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _SAVE = "jaxq.models.save"
@@ -51,8 +52,6 @@ _TOKENIZER_CONFIG = {
 }
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 _ROWS = 1024
-# An error names so many tensors of each kind.
-_MOST_LINES = 20
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -81,11 +80,14 @@ def load(
     rules: Rules = None,
     verify: bool = True,
 ) -> tuple[Llama, Any]:
-    """Reads a Hugging Face directory of a Llama-family model with float weights.
+    """Reads a Hugging Face directory of a Llama-family model.
 
     Reads `config.json`, `tokenizer.json` and `model.safetensors`. If there is a
     `model.safetensors.index.json`, it names the weight files instead. Tensors are read
     one by one, so host memory peaks at the model plus its largest tensor.
+
+    The weights are floats, or quantized by another library, as in
+    `jaxq.io.read_checkpoint`. A quantized weight stays quantized in the model.
 
     Args:
         path: the directory.
@@ -96,7 +98,7 @@ def load(
         mesh: puts the parameters on this mesh of devices. Of each tensor, only the
             parts of this process's devices are read, one by one. If the mesh has
             devices of several processes, all of them must make this call. If one of
-            them cannot read its parts, all of them raise.
+            them cannot read its parts, all of them raise. The weights must be floats.
         rules: the mesh axes of parameters by pattern, as in `jaxq.sharding.place`:
             `{"**/up_proj/kernel": PartitionSpec(None, "t"), "**": PartitionSpec()}`.
             Paths are those of the model, for example "layers/0/mlp/up_proj/kernel", or
@@ -155,23 +157,27 @@ def _load(
     verify: bool,
 ) -> tuple[Llama, Any]:
     """`load` after the checks of its arguments."""
-    config_text = _read_text(_require_file(path, _CONFIG))
-    config = _parse_config(path / _CONFIG, config_text, scan_layers)
+    if is_quantized(path, _LOAD):
+        if mesh is not None:
+            raise ValueError(
+                f"jaxq.models.load: {path} is quantized, and mesh= is for float "
+                "checkpoints. Load it without mesh=, and call jaxq.sharding.place."
+            )
+        return _load_quantized(path, stored_dtype, scan_layers, verify)
+    config_text = read_text(require_file(path, CONFIG, _LOAD), _LOAD)
+    config = _parse_config(path / CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.
     tokenizer = _load_tokenizer(path / "tokenizer.json")
     with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(path, stack, verify)
+        tensors = open_weights(path, stack, _LOAD, verify=verify)
         # A save that replaced the directory meanwhile wrote another config.
-        if _read_text(_require_file(path, _CONFIG)) != config_text:
+        if read_text(require_file(path, CONFIG, _LOAD), _LOAD) != config_text:
             raise ValueError(
                 f"jaxq.models.load: {path} changed while it was read. Load it again."
             )
-        destinations = _checked_destinations(path, config, tensors)
-        model = nnx.eval_shape(
-            lambda: Llama(
-                config, dtype=stored_dtype, param_dtype=stored_dtype, rngs=nnx.Rngs(0)
-            )
-        )
+        headers = {name: file.headers[name] for name, file in tensors.items()}
+        destinations = _checked_destinations(path, config, headers)
+        model = _abstract_model(config, stored_dtype)
         if _HEAD in tensors and _HEAD not in destinations:
             _check_stored_head(path, tensors)
         if mesh is None:
@@ -238,17 +244,40 @@ def save(
         )
     entries = model.config.to_hf() | {"dtype": stored_dtype.name} | config
     tensors = _file_tensors(model, stored_dtype)
-    texts = {_CONFIG: _json_text(entries)}
+    texts = {CONFIG: _json_text(entries)}
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
         texts["tokenizer_config.json"] = _json_text(_TOKENIZER_CONFIG)
     path = Path(path)
     with naming_errors(path, _SAVE, "the directory cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
-        _write_directory(path, tensors, texts)
+        write_directory(path, {SINGLE: lambda: tensors}, texts, _SAVE)
+
+
+def _load_quantized(
+    path: Path, dtype: np.dtype, scan_layers: bool, verify: bool
+) -> tuple[Llama, Any]:
+    """`load` for a directory whose weights another library has quantized."""
+    tokenizer = _load_tokenizer(path / "tokenizer.json")
+    with read_checkpoint(path, verify=verify, caller=_LOAD) as checkpoint:
+        entries = dict(checkpoint.config)
+        entries.pop("quantization_config", None)
+        config = _parse_config(path / CONFIG, entries, scan_layers)
+        headers = headers_of(checkpoint)
+        destinations = _checked_destinations(path, config, headers)
+        model = _abstract_model(config, dtype)
+        return filled_with_quantized(model, destinations, checkpoint, dtype), tokenizer
+    raise AssertionError  # the block returns or raises
 
 
 # The model's side.
+
+
+def _abstract_model(config: LlamaConfig, dtype: np.dtype) -> Llama:
+    """A model of shapes."""
+    return nnx.eval_shape(
+        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
 
 
 def _filled_model(
@@ -300,7 +329,7 @@ def _model_on_mesh(
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _destinations(config: LlamaConfig) -> dict[str, _Destination]:
+def destinations_of(config: LlamaConfig) -> dict[str, _Destination]:
     """Where each tensor of a file goes in the model, by the tensor's name.
 
     `model.layers.0.self_attn.q_proj.weight [out, in]` of the file is
@@ -335,7 +364,7 @@ def _file_tensors(model: Llama, dtype: np.dtype) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the parameters are not those of a float Llama with this config.
     """
-    destinations = _destinations(model.config)
+    destinations = destinations_of(model.config)
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     expected = {destination.path for destination in destinations.values()}
     different = sorted(".".join(map(str, path)) for path in flat.keys() ^ expected)
@@ -362,63 +391,20 @@ def _file_tensors(model: Llama, dtype: np.dtype) -> dict[str, np.ndarray]:
 # The files' side.
 
 
-def _parse_config(file: Path, text: str, scan_layers: bool) -> LlamaConfig:
-    """The config of a directory, with errors that name the file."""
+def _parse_config(file: Path, entries: Any, scan_layers: bool) -> LlamaConfig:
+    """The config of a directory, with errors that name the file.
+
+    Args:
+        file: `config.json`.
+        entries: its text, or the JSON that it holds.
+        scan_layers: as in `load`.
+    """
     try:
-        return LlamaConfig.from_hf(_parse_json(file, text), scan_layers=scan_layers)
+        if isinstance(entries, str):
+            entries = parse_json(file, entries)
+        return LlamaConfig.from_hf(entries, scan_layers=scan_layers)
     except ValueError as error:
         raise ValueError(f"jaxq.models.load: {file}: {error}") from error
-
-
-def _require_file(path: Path, name: str) -> Path:
-    if is_file(path / name, _LOAD):
-        return path / name
-    if name == _CONFIG and _is_interrupted(path):
-        raise FileNotFoundError(
-            f"{_LOAD}: {path} has no {name}, because a save was interrupted or still "
-            f"runs. {_remaining(path)} Save the model again."
-        )
-    raise FileNotFoundError(
-        f"{_LOAD}: {path} has no {name}; expected a Hugging Face model directory. "
-        "Check the path, or download the directory again."
-    )
-
-
-def _is_interrupted(path: Path) -> bool:
-    """Whether a directory has the temporary files of a save that did not end."""
-    try:
-        return bool(leftovers(path))
-    except OSError:  # the directory does not exist, or cannot be listed
-        return False
-
-
-def _remaining(path: Path) -> str:
-    """What an interrupted save has left in a directory."""
-    names = sorted(file.name for file in path.iterdir() if file.name[0] != ".")
-    if not names:
-        return "The directory has no other file."
-    return (
-        f"The files that remain are {', '.join(names)}. They may be those of the old "
-        "model or those of the new one."
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with naming_errors(path, _LOAD, "the file cannot be read"):
-            data = path.read_bytes()
-        return data.decode()
-    except ValueError as error:
-        raise ValueError(
-            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
-        ) from error
-
-
-def _parse_json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Download it again.") from error
 
 
 def _load_tokenizer(path: Path) -> Any:
@@ -440,75 +426,8 @@ def _load_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def _open_tensors(
-    path: Path, stack: contextlib.ExitStack, verify: bool
-) -> dict[str, TensorFile]:
-    """The open file of each tensor, by the tensor's name.
-
-    Raises:
-        FileNotFoundError: a weight file is missing.
-        ValueError: the index or a weight file is damaged; a tensor is not in the file
-            that the index names, or is in two files.
-    """
-    index_path = path / _INDEX
-    index = _read_index(index_path) if is_file(index_path, _LOAD) else None
-    names = [_SINGLE] if index is None else sorted(set(index.values()))
-    tensors: dict[str, TensorFile] = {}
-    for file_name in names:
-        file_path = _require_file(path, file_name)
-        file = TensorFile(file_path, "jaxq.models.load", verify=verify)
-        stack.enter_context(file)
-        for name in file.headers:
-            if name in tensors:
-                raise ValueError(
-                    f"jaxq.models.load: {path}: {name} is both in "
-                    f"{tensors[name].path.name} and in {file_name}. Remove it from one "
-                    "of the files."
-                )
-            tensors[name] = file
-    lost = [
-        f"{name} is not in {file_name}"
-        for name, file_name in sorted((index or {}).items())
-        if name not in tensors or tensors[name].path.name != file_name
-    ]
-    if lost:
-        raise ValueError(
-            f"jaxq.models.load: {index_path} is damaged: {_listed(lost)}. Download it "
-            "again."
-        )
-    return tensors
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The file name of each tensor, by the tensor's name."""
-    try:
-        index = _parse_json(path, _read_text(path))
-    except ValueError as error:
-        raise ValueError(f"jaxq.models.load: {error}") from error
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not _are_names(files.values()):
-        raise ValueError(
-            f"jaxq.models.load: {path} is damaged: it has no weight_map that "
-            "names the file of each tensor. Download it again."
-        )
-    for name, file_name in files.items():
-        # An index of a stranger must not reach files outside its directory.
-        is_plain = file_name == Path(file_name).name and "\\" not in file_name
-        if not is_plain or "\0" in file_name or file_name in ("", ".."):
-            raise ValueError(
-                f"jaxq.models.load: {path} names the file {file_name!r} for {name}. "
-                "Weight files must be in the directory of the index. Move the file "
-                "there, and correct the index."
-            )
-    return files
-
-
-def _are_names(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
 def _checked_destinations(
-    path: Path, config: LlamaConfig, tensors: Mapping[str, TensorFile]
+    path: Path, config: LlamaConfig, headers: Mapping[str, TensorHeader]
 ) -> dict[str, _Destination]:
     """Where each tensor goes, after a comparison of the files with the config.
 
@@ -518,16 +437,15 @@ def _checked_destinations(
     Raises:
         ValueError: the tensors are not those of the config.
     """
-    headers = {name: file.headers[name] for name, file in tensors.items()}
     matches = [_LAYER_NAME.match(name) for name in headers]
     num_layers = len({match.group(1) for match in matches if match})
     if config.num_hidden_layers > num_layers:
         raise ValueError(
-            f"jaxq.models.load: {path / _CONFIG}: num_hidden_layers is "
+            f"jaxq.models.load: {path / CONFIG}: num_hidden_layers is "
             f"{config.num_hidden_layers}, and the files have the tensors of "
             f"{num_layers} layers. Use the config.json that belongs to the weights."
         )
-    destinations = _destinations(config)
+    destinations = destinations_of(config)
     problems = _mismatches(destinations, headers, config)
     if problems:
         raise ValueError(
@@ -565,14 +483,7 @@ def _mismatches(
         "wrong shapes": wrong_shapes,
         f"dtypes other than {', '.join(_FLOAT_DTYPES)}": wrong_dtypes,
     }
-    return [f"{kind}: {_listed(lines)}" for kind, lines in tensors_of.items() if lines]
-
-
-def _listed(lines: list[str]) -> str:
-    """The first lines of a list that can be very long."""
-    more = len(lines) - _MOST_LINES
-    end = f" and {more} more" if more > 0 else ""
-    return ", ".join(lines[:_MOST_LINES]) + end
+    return [f"{kind}: {listed(lines)}" for kind, lines in tensors_of.items() if lines]
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
@@ -611,36 +522,3 @@ def _check_stored_head(path: Path, tensors: Mapping[str, TensorFile]) -> None:
 
 def _json_text(entries: Mapping[str, Any]) -> str:
     return json.dumps(entries, indent=2, sort_keys=True) + "\n"
-
-
-def _write_directory(
-    path: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
-) -> None:
-    """Writes all files of a directory, so that `load` sees all of them or none.
-
-    The files are written beside their targets first. This is where a disk can be full.
-    Then they take their places, which needs a few renames. A directory is read by its
-    config, so the old config goes first and the new one comes last. If the process is
-    killed between the two, the directory has no config.
-    """
-    for name in (_SINGLE, *texts):
-        remove_leftovers(path, name)
-    with contextlib.ExitStack() as stack:
-        weights = stack.enter_context(NewFile(path / _SINGLE, _SAVE))
-        write_tensors(weights, tensors, {"format": "pt"})
-        weights.sync()
-        new_texts = {}
-        for name, text in texts.items():
-            new_texts[name] = stack.enter_context(NewFile(path / name, _SAVE))
-            new_texts[name].write(text.encode())
-            new_texts[name].sync()
-        new_config = new_texts.pop(_CONFIG)
-        with locked_folder(path):
-            (path / _CONFIG).unlink(missing_ok=True)
-            sync_folder(path)
-            # The index of an earlier model names other weight files.
-            (path / _INDEX).unlink(missing_ok=True)
-            for new_file in (weights, *new_texts.values()):
-                new_file.replace()
-            sync_folder(path)
-            new_config.replace()
