@@ -1,4 +1,4 @@
-"""Files on disk: whole writes, the safetensors format, and model directories.
+"""Files on disk: whole writes, safetensors, GGUF, and model directories.
 
 `NewFile` writes a file beside its target and then puts it in the target's place. A
 crash leaves the old file, or no file. `write_tensors` writes a safetensors file to an
@@ -6,6 +6,9 @@ open file. `open_weights` and `write_directory` read and write Hugging Face mode
 directories. This package knows bytes and arrays only.
 """
 
+from jaxq.files._gguf import GgufFile as GgufFile
+from jaxq.files._gguf import NewTensor as NewTensor
+from jaxq.files._gguf import write_gguf as write_gguf
 from jaxq.files._model_directory import CONFIG as CONFIG
 from jaxq.files._model_directory import INDEX as INDEX
 from jaxq.files._model_directory import SINGLE as SINGLE

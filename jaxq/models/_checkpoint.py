@@ -87,10 +87,11 @@ def load(
     one by one, so host memory peaks at the model plus its largest tensor.
 
     The weights are floats, or quantized by another library, as in
-    `jaxq.io.read_checkpoint`. A quantized weight stays quantized in the model.
+    `jaxq.io.read_checkpoint`. A quantized weight stays quantized in the model. A GGUF
+    file is read too.
 
     Args:
-        path: the directory.
+        path: the directory, or a file whose name ends with ".gguf".
         dtype: float32 or bfloat16. Parameters are stored in it, and matrix products
             read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
             is exact in float32.
@@ -258,11 +259,14 @@ def _load_quantized(
     path: Path, dtype: np.dtype, scan_layers: bool, verify: bool
 ) -> tuple[Llama, Any]:
     """`load` for a directory whose weights another library has quantized."""
-    tokenizer = _load_tokenizer(path / "tokenizer.json")
     with read_checkpoint(path, verify=verify, caller=_LOAD) as checkpoint:
+        tokenizer = None
+        if checkpoint.tokenizer is not None:
+            tokenizer = _parse_tokenizer(path, checkpoint.tokenizer)
         entries = dict(checkpoint.config)
         entries.pop("quantization_config", None)
-        config = _parse_config(path / CONFIG, entries, scan_layers)
+        file = path / CONFIG if path.is_dir() else path
+        config = _parse_config(file, entries, scan_layers)
         headers = headers_of(checkpoint)
         destinations = _checked_destinations(path, config, headers)
         model = _abstract_model(config, dtype)
@@ -411,6 +415,11 @@ def _load_tokenizer(path: Path) -> Any:
     """The tokenizer of a file, or None if there is no file."""
     if not is_file(path, _LOAD):
         return None
+    return _parse_tokenizer(path, read_text(path, _LOAD))
+
+
+def _parse_tokenizer(path: Path, text: str) -> Any:
+    """The tokenizer of the text of `tokenizer.json`."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -419,7 +428,7 @@ def _load_tokenizer(path: Path) -> Any:
             "pip install jaxq[hf]"
         ) from error
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(text)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(
             f"jaxq.models.load: {path} is damaged: {error}. Download it again."

@@ -11,7 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxq.files import GgufFile, is_file, read_text
+from jaxq.io.checkpoint import _directory
 from jaxq.io.checkpoint._directory import read_config, read_parameters
+from jaxq.io.checkpoint._gguf import TOKENIZER, is_gguf, read_gguf
 from jaxq.io.checkpoint._parameter import Parameter
 from jaxq.qtensor import QTensor
 
@@ -32,7 +35,8 @@ class Checkpoint(Mapping[str, Any]):
 
     Attributes:
       path: the directory or the file.
-      config: the JSON of `config.json`.
+      config: the JSON of `config.json`. That of a GGUF file is made from its metadata.
+      tokenizer: the text of `tokenizer.json`; None if there is none.
 
     Example:
       >>> import os, numpy as np, jaxq
@@ -56,8 +60,9 @@ class Checkpoint(Mapping[str, Any]):
         *,
         caller: str,
         dequantize: bool,
+        tokenizer: str | None = None,
     ):
-        self.path, self.config = path, config
+        self.path, self.config, self.tokenizer = path, config, tokenizer
         self._parameters = dict(parameters)
         self._stack = stack
         self._caller, self._dequantize = caller, dequantize
@@ -122,11 +127,14 @@ def read_checkpoint(
     compressed-tensors, fp8 in blocks (DeepSeek, Qwen), NVFP4 of ModelOpt, or MXFP4 as
     GPT-OSS ships it. A directory without it has float weights.
 
+    Reads GGUF files of the architectures llama, qwen2 and qwen3 too. Their parameters
+    get the names of Hugging Face, and the order of rows that these have.
+
     Headers are read and checked now, and tensors when they are asked for. The
     quantization of inputs and of caches is not read.
 
     Args:
-      path: the directory.
+      path: the directory, or a file whose name ends with ".gguf".
       dequantize: return floats instead of QTensors. Some weights have no QTensor, for
         example those of GPTQ with `desc_act`. Their error names this argument.
       verify: compare the checksums of files that jaxq wrote. Other files have none.
@@ -154,14 +162,17 @@ def read_checkpoint(
       ShapeDtypeStruct(shape=(16, 32), dtype=float32)
     """
     path = Path(path)
+    tokenizer: str | None = None
     with contextlib.ExitStack() as stack:
-        config = read_config(path, caller)
-        parameters = read_parameters(path, config, stack, caller, verify=verify)
-        # A save that replaced the directory meanwhile wrote another config.
-        if read_config(path, caller) != config:
-            raise ValueError(
-                f"{caller}: {path} changed while it was read. Read it again."
-            )
+        if is_gguf(path):
+            file = stack.enter_context(GgufFile(path, caller))
+            config, parameters = read_gguf(file, caller)
+            text = file.metadata.get(TOKENIZER)
+            tokenizer = text if isinstance(text, str) else None
+        else:
+            config, parameters = _open_directory(path, stack, caller, verify)
+            if is_file(path / "tokenizer.json", caller):
+                tokenizer = read_text(path / "tokenizer.json", caller)
         return Checkpoint(
             path,
             config,
@@ -169,5 +180,29 @@ def read_checkpoint(
             stack.pop_all(),
             caller=caller,
             dequantize=dequantize,
+            tokenizer=tokenizer,
         )
     raise AssertionError  # an ExitStack does not hide errors
+
+
+def is_quantized(path: str | os.PathLike[str], caller: str = _CALLER) -> bool:
+    """Whether a checkpoint has quantized weights. A GGUF file always counts as one.
+
+    Raises:
+      FileNotFoundError: a directory has no `config.json`.
+      ValueError: a file is not a JSON object.
+    """
+    path = Path(path)
+    return is_gguf(path) or _directory.is_quantized(path, caller)
+
+
+def _open_directory(
+    path: Path, stack: contextlib.ExitStack, caller: str, verify: bool
+) -> tuple[dict[str, Any], dict[str, Parameter]]:
+    """The config and the parameters of a directory."""
+    config = read_config(path, caller)
+    parameters = read_parameters(path, config, stack, caller, verify=verify)
+    # A save that replaced the directory meanwhile wrote another config.
+    if read_config(path, caller) != config:
+        raise ValueError(f"{caller}: {path} changed while it was read. Read it again.")
+    return config, parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxq.files import CONFIG, INDEX, SINGLE, Weights, naming_errors, write_directory
+from jaxq.io.checkpoint._gguf_export import export_gguf
 from jaxq.io.checkpoint._parts import CheckpointParts, parts_of
 from jaxq.io.checkpoint._targets import (
     Target,
@@ -65,9 +67,11 @@ def export(
     Args:
       model: a model of `jaxq.models`, or an open checkpoint of
         `jaxq.io.read_checkpoint`.
-      path: the directory. It is made if it does not exist.
-      format: "awq", "bitsandbytes", "compressed-tensors", "fp8" (in blocks), "gptq" or
-        "modelopt" (NVFP4); or "hf" for floats, where QTensors are dequantized.
+      path: the directory. It is made if it does not exist. For "gguf", the file, whose
+        name ends with ".gguf".
+      format: "awq", "bitsandbytes", "compressed-tensors", "fp8" (in blocks), "gguf",
+        "gptq" or "modelopt" (NVFP4); or "hf" for floats, where QTensors are
+        dequantized.
       tokenizer: a `tokenizers.Tokenizer`, or None. The files of the tokenizer of a
         checkpoint are copied.
       shard_bytes: a weight file has at most so many bytes, or one parameter.
@@ -93,7 +97,12 @@ def export(
       ['config.json', 'model.safetensors']
     """
     parts = parts_of(model, _CALLER)
+    files = dict(parts.files) | _tokenizer_files(tokenizer)
+    parts = dataclasses.replace(parts, files=files)
     path = Path(path)
+    if format == "gguf":
+        export_gguf(parts, path, dict(parts.config) | config, _CALLER)
+        return
     is_float = format == "hf"
     kind = None if is_float else target(format, _CALLER)
     entries = _entries(parts, kind, format)
@@ -104,19 +113,19 @@ def export(
     entries_json.pop("quantization_config", None)
     if kind is not None:
         entries_json["quantization_config"] = quantization_config(entries, kind, format)
-    texts = dict(parts.files) | _tokenizer_files(tokenizer)
+    texts = dict(parts.files)
     texts[CONFIG] = json_text(entries_json)
-    files = shard_names(len(groups))
+    names = shard_names(len(groups))
     if len(groups) > 1:
         texts[INDEX] = index_text(
             {
                 file: {k: v for name in group for k, v in entries[name].sizes.items()}
-                for file, group in zip(files, groups, strict=True)
+                for file, group in zip(names, groups, strict=True)
             }
         )
     weights = {
         file: _weights_of(parts, group, kind)
-        for file, group in zip(files, groups, strict=True)
+        for file, group in zip(names, groups, strict=True)
     }
     with naming_errors(path, _CALLER, "the directory cannot be written"):
         path.mkdir(parents=True, exist_ok=True)

@@ -67,9 +67,11 @@ def parts_of(source: Any, caller: str) -> CheckpointParts:
 def _parts_of_checkpoint(checkpoint: Checkpoint) -> CheckpointParts:
     config = dict(checkpoint.config)
     config.pop("quantization_config", None)
-    files = {}
+    files: dict[str, str | bytes] = {}
     for name in _PASSED_FILES:
         file = checkpoint.path / name
         if file.is_file():
             files[name] = file.read_bytes()
+    if checkpoint.tokenizer is not None:
+        files["tokenizer.json"] = checkpoint.tokenizer
     return CheckpointParts(config, tuple(checkpoint), checkpoint.__getitem__, files)
