@@ -78,7 +78,8 @@ class Plan:
       num_devices: the number of devices that multiply parts. It is 1 if the operands
         are on one device or XLA partitions the product.
       part: the shapes of the parts that a device multiplies, such as
-        "[4, 64] @ [64, 128]". None if `num_devices` is 1.
+        "[4, 64] @ [64, 128]". For attention: its queries, slots and key heads. None if
+        `num_devices` is 1.
       gathered: mesh axes over which devices get codes, scales or activations of other
         devices before the product.
       summed: mesh axes over which the products of the parts are summed, by an

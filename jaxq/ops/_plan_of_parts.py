@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jaxq.ops._decision import plan_of_term
 from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first, mirrored
 from jaxq.ops._part_layout import PartLayout, part_layout
 from jaxq.ops._plan import Plan
+from jaxq.ops._ragged_parts import ragged_layout
 from jaxq.qtensor import QTensor, axes_of_array, leaf_specs
 
 
@@ -68,7 +69,7 @@ def plan_of_parts(
     problem = why_not_parts(mesh)
     if problem is not None:
         return problem
-    names = (_axes_of(lhs), _axes_of(rhs))
+    names = (names_of(lhs), names_of(rhs))
     whole = plan_on_one(_shapes(lhs), _shapes(rhs), dims)
     if whole.path == "dense":
         return "no operand is quantized"
@@ -92,6 +93,33 @@ def plan_of_parts(
             why_no_activation_kernel="numbers on several devices share a scale",
         )
     return plan
+
+
+def plan_of_ragged_parts(
+    x: Any, weights: QTensor, mesh: Any, plan_on_one: Callable[[Any, Any], Plan]
+) -> Plan | str:
+    """The plan of each device for `ragged_dot`, or why devices do not multiply parts.
+
+    Args:
+      x: rows `[m, k]`, or their shape.
+      weights: `[e, k, n]`. The leaves may be shapes.
+      mesh: the mesh of devices.
+      plan_on_one: returns the plan of a product on one device.
+    """
+    problem = why_not_parts(mesh)
+    if problem is not None:
+        return problem
+    names = (names_of(x), names_of(weights))
+    layout = ragged_layout(x, weights, names, mesh)
+    in_specs = (layout.x, leaf_specs(weights, layout.weights))
+    x_part, weights_part = shapes_of_part((x, weights), in_specs, mesh)
+    return dataclasses.replace(
+        plan_on_one(x_part, weights_part),
+        num_devices=mesh.size,
+        part=_text(x_part, weights_part),
+        gathered=gathered_names(names, layout[:2]),
+        summed=layout.summed,
+    )
 
 
 def why_not_parts(mesh: Any) -> str | None:
@@ -180,23 +208,12 @@ def _product_of_parts(
     layout = part_layout(lhs, rhs, dims, names, mesh)
     if layout is None:
         return "a shard would cut blocks of the weight"
-    plans = []
-
-    def record(lhs: Any, rhs: Any) -> tuple[()]:
-        plans.append((plan_on_one(lhs, rhs, dims), _text(lhs, rhs)))
-        return ()
-
     in_specs = tuple(
         leaf_specs(operand, spec) if isinstance(operand, QTensor) else spec
         for operand, spec in zip((lhs, rhs), layout[:2], strict=True)
     )
-    # Automatic axes: the shapes of the operands do not say how they are sharded.
-    automatic = (AxisType.Auto,) * len(mesh.axis_names)
-    sizes = AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.axis_names), automatic)
-    with jax.sharding.use_abstract_mesh(sizes):
-        multiply = jax.shard_map(record, mesh=sizes, in_specs=in_specs, out_specs=())
-        jax.eval_shape(multiply, *_shapes((lhs, rhs)))
-    plan, part = plans[0]
+    lhs_part, rhs_part = shapes_of_part((lhs, rhs), in_specs, mesh)
+    plan = plan_on_one(lhs_part, rhs_part, dims)
     summed = layout.summed
     if derivative:
         summed = _summed_in_gradient(lhs, layout, dims)
@@ -205,10 +222,33 @@ def _product_of_parts(
     return dataclasses.replace(
         plan,
         num_devices=mesh.size,
-        part=part,
-        gathered=_gathered(names, layout),
+        part=_text(lhs_part, rhs_part),
+        gathered=gathered_names(names, layout[:2]),
         summed=summed,
     )
+
+
+def shapes_of_part(tree: Any, specs: Any, mesh: Any) -> Any:
+    """The shapes of one device's part of a tree.
+
+    Args:
+      tree: arrays, shapes and QTensors.
+      specs: the PartitionSpec of each leaf.
+      mesh: the mesh with the sizes of its axes.
+    """
+    parts = []
+
+    def record(tree: Any) -> tuple[()]:
+        parts.append(_shapes(tree))
+        return ()
+
+    # Automatic axes: the shapes do not say how they are sharded.
+    automatic = (AxisType.Auto,) * len(mesh.axis_names)
+    sizes = AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.axis_names), automatic)
+    with jax.sharding.use_abstract_mesh(sizes):
+        see_part = jax.shard_map(record, mesh=sizes, in_specs=(specs,), out_specs=())
+        jax.eval_shape(see_part, _shapes(tree))
+    return parts[0]
 
 
 def _with_kernel_of(plan: Plan, other: Plan) -> Plan:
@@ -257,17 +297,22 @@ def _text(lhs: Any, rhs: Any) -> str:
     return f"{list(lhs.shape)} @ {list(rhs.shape)}"
 
 
-def _gathered(names: tuple[tuple, tuple], layout: PartLayout) -> tuple[str, ...]:
-    """The mesh axes over which a device gets what other devices have."""
+def gathered_names(names: Sequence[tuple], specs: Sequence[tuple]) -> tuple[str, ...]:
+    """The mesh axes over which a device gets what other devices have.
+
+    Args:
+      names: the mesh axes of each axis of the operands.
+      specs: those of the parts that a device multiplies.
+    """
     gathered = []
-    for before, after in zip(names, layout[:2], strict=True):
+    for before, after in zip(names, specs, strict=True):
         for entry, new in zip(before, after, strict=True):
             missing = set(names_in(entry)) - set(names_in(new))
             gathered += [name for name in names_in(entry) if name in missing]
     return tuple(dict.fromkeys(gathered))
 
 
-def _axes_of(operand: Any) -> tuple:
+def names_of(operand: Any) -> tuple:
     """The mesh axes of each axis of an operand; None where it is not sharded."""
     leaf = operand.data if isinstance(operand, QTensor) else operand
     sharding = getattr(leaf, "sharding", None)

@@ -166,14 +166,71 @@ def test_the_gradient_is_explained_on_a_mesh(where, part, summed):
     assert (plan.kernel, plan.part, plan.summed) == ("tpu_transposed", part, summed)
 
 
-def test_products_of_experts_are_explained_on_a_mesh():
-    mesh = mesh_for("tpu", AxisType.Explicit)
-    experts = jaxq.quantize(normal_with_outliers(4, 512, 256), "int4", batch=(0,))
-    x = jax.ShapeDtypeStruct((16, 512), "float32")
-    sizes = jax.ShapeDtypeStruct((4,), "int32")
-    plan = jaxq.explain(x, experts, group_sizes=sizes, platform="tpu", mesh=mesh)
-    assert plan.kernel == "xla"
-    assert "4 devices" in plan.why_no_kernel
+def placed(tree, specs, mesh):
+    """The shapes of a tree with shardings."""
+
+    def struct(leaf, spec):
+        at = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+    return jax.tree.map(struct, tree, specs)
+
+
+# The shardings of the rows and of the experts, and what a device multiplies.
+EXPERTS = {
+    "experts": (P("d"), P("t"), "[8, 512] @ [2, 512, 256]", (), ("t",)),
+    "columns": (P("d"), P(None, None, "t"), "[8, 512] @ [4, 512, 128]", (), ()),
+    "fsdp": (P("d"), P(None, "d"), "[8, 512] @ [4, 512, 256]", ("d",), ()),
+}
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+@pytest.mark.parametrize("where", EXPERTS)
+def test_devices_multiply_their_experts(where, platform):
+    mesh = mesh_for(platform, AxisType.Explicit)
+    rows, at, part, gathered, summed = EXPERTS[where]
+    w = normal_with_outliers(4, 512, 256, dtype="bfloat16")
+    qt = jaxq.relayout(jaxq.quantize(w, "int4", batch=(0,)), LAYOUT[platform])
+    qt = placed(qt, sharding.specs(qt, at, mesh=mesh), mesh)
+    x = placed(jax.ShapeDtypeStruct((16, 512), "bfloat16"), rows, mesh)
+    sizes = placed(jax.ShapeDtypeStruct((4,), "int32"), P(), mesh)
+    plan = jaxq.explain(x, qt, group_sizes=sizes, platform=platform, mesh=mesh)
+    assert plan.kernel.startswith("ragged")
+    assert (plan.num_devices, plan.part) == (4, part)
+    assert (plan.gathered, plan.summed) == (gathered, summed)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jaxq.ops.ragged_dot).trace(x, qt, sizes)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    kernel = "tpu_custom_call" if platform == "tpu" else "xla.gpu.triton"
+    assert kernel in text
+    assert text.count("all_reduce") == len(summed)
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+def test_devices_read_their_heads_of_a_cache(platform):
+    mesh = mesh_for(platform, AxisType.Explicit)
+    cache = jaxq.ops.KVCache.empty(
+        "int4", batch=4, num_heads=2, length=512, head_dim=128
+    )
+    specs = jax.tree.map(lambda leaf: P("d", "t") if leaf.ndim > 1 else P("d"), cache)
+    cache = placed(cache, specs, mesh)
+    q = jax.ShapeDtypeStruct((4, 1, 8, 128), "bfloat16")
+    q = placed(q, P("d", None, "t", None), mesh)
+    plan = cache.explain(q, platform=platform)
+    assert plan.kernel.startswith("attention")
+    assert plan.part == "queries [2, 1, 4, 128] by 2 slots with 1 key heads"
+    assert (plan.num_devices, plan.gathered, plan.summed) == (4, (), ())
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda cache, q: cache.attend(q)).trace(cache, q)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    kernel = "tpu_custom_call" if platform == "tpu" else "xla.gpu.triton"
+    assert kernel in text
+    assert "stablehlo.while" not in text  # the loop of the XLA form
+    recent = placed(cache.recent_keys, P(None, None, "d"), mesh)
+    sharded_tokens = dataclasses.replace(cache, recent_keys=recent)
+    plan = sharded_tokens.explain(q, platform=platform)
+    assert (plan.kernel, plan.part) == ("xla", None)
+    assert "no device has whole slots and heads" in plan.why_no_kernel
 
 
 def test_a_mesh_must_be_a_mesh():

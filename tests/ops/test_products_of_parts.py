@@ -1,4 +1,4 @@
-"""Products with quantized activations on a mesh equal those on one device.
+"""Products of parts on a mesh equal those on one device.
 
 Every device quantizes and multiplies its parts. Integers are summed over devices before
 they are scaled, so the results have the bits of one device.
@@ -118,3 +118,101 @@ def test_experts_are_a_batch_axis_of_parts():
         y = jax.jit(product)(x, experts)
         assert "d" in jax.typeof(y).sharding.spec
     np.testing.assert_array_equal(np.asarray(y), np.asarray(expected))
+
+
+# The shardings of the rows and of the experts. A sum over k has another order.
+EXPERTS = {
+    "experts": (P(), P(("d", "t"))),
+    "rows and experts": (P("d"), P("t")),
+    "the same axis": (P("d"), P("d")),
+    "columns": (P("d"), P(None, None, "t")),
+    "k": (P("d", "t"), P(None, "t")),
+    "fsdp": (P("d"), P(None, "d")),
+}
+
+
+def ragged(x, experts, sizes):
+    def loss(x):
+        return (jaxq.ops.ragged_dot(x, experts, sizes) ** 2).sum()
+
+    return jaxq.ops.ragged_dot(x, experts, sizes), jax.grad(loss)(x)
+
+
+@pytest.mark.parametrize("activation", [None, "dynamic", "static"])
+@pytest.mark.parametrize("where", EXPERTS)
+def test_devices_multiply_the_rows_of_their_experts(where, activation):
+    """Some experts have no rows, and the last rows have no expert."""
+    experts = jaxq.quantize(normal_with_outliers(4, 64, 32), "int8", batch=0)
+    experts = experts.with_input_scale(jnp.linspace(0.5, 2, 256).reshape(4, 64))
+    if activation is not None:
+        high = jnp.array([1.0, 2.0, 3.0, 4.0])
+        bounds = (-high, high) if activation == "static" else None
+        experts = experts.with_activation("int8", bounds=bounds)
+    x, sizes = normal(24, 64, seed=3), jnp.array([5, 0, 9, 7])
+    expected, expected_dx = map(np.asarray, jax.jit(ragged)(x, experts, sizes))
+    assert not expected[21:].any()
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
+    rows, at = EXPERTS[where]
+    with jax.set_mesh(mesh):
+        experts = sharding.place(experts, mesh, at)
+        x = jax.device_put(x, NamedSharding(mesh, rows))
+        y, dx = jax.jit(ragged)(x, experts, sizes)
+        assert tuple(y.sharding.spec)[:1] == (rows[0] if rows else None,)
+    bound = (1e-6 if where == "k" else 0) * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(y), expected, rtol=0, atol=bound)
+    bound = 1e-6 * np.abs(expected_dx).max()
+    np.testing.assert_allclose(np.asarray(dx), expected_dx, rtol=0, atol=bound)
+
+
+def filled_cache():
+    cache = jaxq.ops.KVCache.empty(
+        "int4", batch=2, num_heads=2, length=128, head_dim=64, dtype=jnp.float32
+    )
+    k, v = (normal(2, 70, 2, 64, seed=seed) for seed in (0, 1))
+    return cache.append(k, v, count=jnp.array([70, 40]))
+
+
+def cache_specs(cache, slots, heads):
+    return jax.tree.map(
+        lambda leaf: P(slots, heads) if leaf.ndim > 1 else P(slots), cache
+    )
+
+
+@pytest.mark.parametrize("slots", ["d", None])
+@pytest.mark.parametrize("q_spec", [P("d", None, "t"), P()])
+def test_devices_read_their_slots_and_heads(slots, q_spec):
+    cache, q, k = filled_cache(), normal(2, 1, 4, 64, seed=2), normal(2, 1, 2, 64)
+
+    def attend(cache, q, k):
+        return cache.attend(q), cache.attend(q, k, k)
+
+    expected = jax.jit(attend)(cache, q, k)
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = cache_specs(cache, slots, "t")
+        at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        cache = jax.device_put(cache, at)
+        q, k = jax.device_put((q, k), NamedSharding(mesh, q_spec))
+        result = jax.jit(attend)(cache, q, k)
+        assert result[0].sharding.is_equivalent_to(q.sharding, 4)
+    for actual, wanted in zip(result, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), np.asarray(wanted))
+
+
+def test_a_part_of_a_cache_works_in_shard_map():
+    cache, q = filled_cache(), normal(2, 1, 4, 64, seed=2)
+    expected = np.asarray(cache.attend(q))
+    mesh = jax.make_mesh((2, 2), ("d", "t"))
+    q_spec = P("d", None, "t")
+    attend = jax.shard_map(
+        lambda cache, q: cache.attend(q),
+        mesh=mesh,
+        in_specs=(cache_specs(cache, "d", "t"), q_spec),
+        out_specs=q_spec,
+    )
+    with jax.set_mesh(mesh):
+        specs = cache_specs(cache, "d", "t")
+        at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        cache = jax.device_put(cache, at)
+        result = jax.jit(attend)(cache, jax.device_put(q, NamedSharding(mesh, q_spec)))
+    np.testing.assert_array_equal(np.asarray(result), expected)

@@ -177,10 +177,29 @@ def test_experts_stay_where_they_are(name, kind):
         sizes = sharding.place(jnp.full(num_experts, ROWS // num_experts), mesh, P())
         ragged = collectives(jaxq.ops.ragged_dot, sorted_rows, experts, sizes)
     # The sizes of the experts and the sums of the rows, and nothing of the weights.
+    if kind is AxisType.Explicit:
+        assert ragged == [("all-reduce", "f32", ROWS * N * 4)]
     assert {kind for kind, _, _ in ragged} <= {"all-gather", "all-reduce"}
     assert total(ragged, "all-gather", ("s8", "u8", "f32", "bf16")) == 0
-    fields = 1 if name == "int8" else 2  # the halves of a byte are added up apart
+    # On automatic axes the halves of a byte are added up apart.
+    fields = 1 if name == "int8" or kind is AxisType.Explicit else 2
     assert total(ragged, "all-reduce") == fields * ROWS * N * 4
+
+
+def test_attention_over_a_sharded_cache_has_no_collective():
+    mesh = mesh_of(AxisType.Explicit)
+    cache = jaxq.ops.KVCache.empty(
+        "int4", batch=2, num_heads=2, length=256, head_dim=64, dtype=jnp.float32
+    )
+
+    def put(leaf):
+        spec = P("d", "t") if leaf.ndim > 1 else P("d")
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        cache = jax.tree.map(put, cache)
+        q = sharding.place(normal_with_outliers(2, 1, 4, 64), mesh, P("d", None, "t"))
+        assert collectives(lambda cache, q: cache.attend(q), cache, q) == []
 
 
 # Quantization of weights that are sharded already.
