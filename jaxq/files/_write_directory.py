@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from jaxq.files._write_tensors import write_tensors
 
 # The tensors of a weight file. They are computed only when the file is written.
 Weights = Callable[[], Mapping[str, np.ndarray]]
+# Other libraries expect this text.
+_METADATA = MappingProxyType({"format": "pt"})
 
 
 def write_directory(
@@ -26,6 +29,7 @@ def write_directory(
     weights: Mapping[str, Weights],
     texts: Mapping[str, str | bytes],
     caller: str,
+    metadata: Mapping[str, str] = _METADATA,
 ) -> None:
     """Writes all files of a directory, so that a reader sees all of them or none.
 
@@ -40,6 +44,7 @@ def write_directory(
       texts: the other files by name, as text or bytes, among them `config.json`. If
         there are several weight files, `model.safetensors.index.json` is one of them.
       caller: the name that error messages begin with.
+      metadata: texts by name, for each weight file.
     """
     for name in (*weights, *texts):
         remove_leftovers(path, name)
@@ -47,7 +52,7 @@ def write_directory(
         new_files = {}
         for name, tensors in weights.items():
             new_files[name] = stack.enter_context(NewFile(path / name, caller))
-            write_tensors(new_files[name], tensors(), {"format": "pt"})
+            write_tensors(new_files[name], tensors(), dict(metadata))
             new_files[name].sync()
         for name, text in texts.items():
             new_files[name] = stack.enter_context(NewFile(path / name, caller))

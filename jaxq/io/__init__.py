@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxq.io import layouts as layouts
 from jaxq.io._saving import load, save
+from jaxq.io._saving import model_as_file as model_as_file
 from jaxq.io.checkpoint import Checkpoint, export, read_checkpoint
 from jaxq.io.checkpoint import CheckpointParts as CheckpointParts
 from jaxq.io.checkpoint import is_quantized as is_quantized

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxq.io._into_tree import into_tree
 from jaxq.io._placement import plan_like, plan_on_mesh
 from jaxq.qtensor import is_linen_module, is_nnx_module, is_nnx_state
-from jaxq.serialization import Contents, read_contents, write_contents
+from jaxq.serialization import Contents, as_file, read_contents, write_contents
 from jaxq.sharding import Rules
 
 
@@ -157,6 +158,14 @@ def load(
     from jaxq.io._into_model import into_model
 
     return into_model(into, contents.value, Path(path), transforms)
+
+
+def model_as_file(model: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of the file that `save` writes for a model.
+
+    All arrays must be in this process.
+    """
+    return as_file(_model_contents(model), caller="save")
 
 
 def _check_into(into: Any) -> None:

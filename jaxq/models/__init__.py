@@ -16,6 +16,7 @@ from jaxq.models._checkpoint import load, save
 from jaxq.models._checkpoint_parts import checkpoint_parts
 from jaxq.models._generate import generate
 from jaxq.models._outliers import with_outliers
+from jaxq.models._quantized_weights import is_quantized
 from jaxq.models._rotate import rotate, rotate_by
 from jaxq.models._scale_groups import NormGroup, fold_scales, norm_groups, smooth
 from jaxq.models._stacking import stacked, unrolled
@@ -34,6 +35,7 @@ __all__ = [
     "NormGroup",
     "fold_scales",
     "generate",
+    "is_quantized",
     "load",
     "norm_groups",
     "rotate",

@@ -2,7 +2,8 @@
 
 A directory holds `config.json`, the weights in one or more safetensors files, and the
 tokenizer. Tensors are read one by one. A weight of a projection is [out, in] in the
-file and [in, out] in the model.
+file and [in, out] in the model. The weights of a model that jaxq quantized are in a
+file of `jaxq.save` (`_quantized_weights.py`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,17 @@ from jaxq.files import (
     require_file,
     write_directory,
 )
-from jaxq.io import is_quantized, read_checkpoint
+from jaxq.io import is_quantized as has_quantized_weights
+from jaxq.io import model_as_file, read_checkpoint
 from jaxq.models._parts import Source, Sources, read_on_mesh
 from jaxq.models._quantized import filled_with_quantized, headers_of
+from jaxq.models._quantized_weights import (
+    is_quantized,
+    own_quantization,
+    quantization_entries,
+    read_quantized,
+    transforms_are_known,
+)
 from jaxq.models.llama import Llama, LlamaConfig
 from jaxq.nn.layers import input_transforms
 from jaxq.processes import Agreement
@@ -74,7 +83,7 @@ class _Destination(NamedTuple):
 def load(
     path: str | Path,
     *,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     scan_layers: bool = False,
     mesh: Mesh | None = None,
     rules: Rules = None,
@@ -87,14 +96,15 @@ def load(
     one by one, so host memory peaks at the model plus its largest tensor.
 
     The weights are floats, or quantized by another library, as in
-    `jaxq.io.read_checkpoint`. A quantized weight stays quantized in the model. A GGUF
-    file is read too.
+    `jaxq.io.read_checkpoint`, or by jaxq, as `save` writes them. A quantized weight
+    stays quantized in the model. A GGUF file is read too.
 
     Args:
         path: the directory, or a file whose name ends with ".gguf".
         dtype: float32 or bfloat16. Parameters are stored in it, and matrix products
             read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
-            is exact in float32.
+            is exact in float32. None means float32. For weights that jaxq quantized, it
+            means the dtype that the model had.
         scan_layers: stack the layers and run them by one scan, see `LlamaConfig`.
         mesh: puts the parameters on this mesh of devices. Of each tensor, only the
             parts of this process's devices are read, one by one. If the mesh has
@@ -117,7 +127,8 @@ def load(
         TypeError: there are rules and no mesh, or the mesh has no devices.
         ValueError: a rule matches nothing, or the shards do not divide an axis, as in
             `jaxq.sharding.place`.
-        ValueError: `dtype` is not float32 or bfloat16; a file is damaged; the config is
+        ValueError: `dtype` is not float32 or bfloat16, or not that of weights that jaxq
+            quantized; a file is damaged; the config is
             not supported; the index names a file outside the directory; or tensors are
             missing, unexpected, of the wrong shape or without floats. One message lists
             such tensors. Headers are compared with the config before layers are built.
@@ -134,7 +145,7 @@ def load(
         ((1, 3, 64), None)
     """
     path = Path(path)
-    stored_dtype = jnp.dtype(dtype)
+    stored_dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     if stored_dtype.name not in ("float32", "bfloat16"):
         raise ValueError(
             "jaxq.models.load: dtype must be float32 or bfloat16, got "
@@ -146,7 +157,12 @@ def load(
         raise TypeError("jaxq.models.load: rules= needs mesh=, the mesh of devices.")
     devices = () if mesh is None else mesh.devices.flat
     with Agreement(devices, f"jaxq.models.load: {path} cannot be read"):
-        return _load(path, stored_dtype, scan_layers, mesh, rules, verify)
+        quantization = own_quantization(path, _LOAD)
+        if quantization is None:
+            return _load(path, stored_dtype, scan_layers, mesh, rules, verify)
+        wanted = None if dtype is None else stored_dtype
+        where = {"mesh": mesh, "rules": rules, "verify": verify}
+        return _load_own(path, quantization, wanted, scan_layers, **where)
 
 
 def _load(
@@ -158,7 +174,7 @@ def _load(
     verify: bool,
 ) -> tuple[Llama, Any]:
     """`load` after the checks of its arguments."""
-    if is_quantized(path, _LOAD):
+    if has_quantized_weights(path, _LOAD):
         if mesh is not None:
             raise ValueError(
                 f"jaxq.models.load: {path} is quantized, and mesh= is for float "
@@ -171,11 +187,7 @@ def _load(
     tokenizer = _load_tokenizer(path / "tokenizer.json")
     with contextlib.ExitStack() as stack:
         tensors = open_weights(path, stack, _LOAD, verify=verify)
-        # A save that replaced the directory meanwhile wrote another config.
-        if read_text(require_file(path, CONFIG, _LOAD), _LOAD) != config_text:
-            raise ValueError(
-                f"jaxq.models.load: {path} changed while it was read. Load it again."
-            )
+        _check_unchanged(path, config_text)
         headers = {name: file.headers[name] for name, file in tensors.items()}
         destinations = _checked_destinations(path, config, headers)
         model = _abstract_model(config, stored_dtype)
@@ -186,6 +198,35 @@ def _load(
         else:
             model = _model_on_mesh(model, destinations, tensors, mesh, rules)
     return model, tokenizer
+
+
+def _load_own(
+    path: Path,
+    quantization: Mapping[str, Any],
+    dtype: Any,
+    scan_layers: bool,
+    **where: Any,
+) -> tuple[Llama, Any]:
+    """`load` for a directory whose weights jaxq has quantized."""
+    config_text = read_text(require_file(path, CONFIG, _LOAD), _LOAD)
+    entries = parse_json(path / CONFIG, config_text)
+    entries.pop("quantization_config", None)
+    config = _parse_config(path / CONFIG, entries, scan_layers)
+    tokenizer = _load_tokenizer(path / "tokenizer.json")
+    weights = require_file(path, SINGLE, _LOAD)
+    model = read_quantized(
+        weights, config, quantization, _abstract_model, dtype, **where
+    )
+    _check_unchanged(path, config_text)
+    return model, tokenizer
+
+
+def _check_unchanged(path: Path, config_text: str) -> None:
+    """Raises if a save replaced the directory meanwhile: it wrote another config."""
+    if read_text(require_file(path, CONFIG, _LOAD), _LOAD) != config_text:
+        raise ValueError(
+            f"jaxq.models.load: {path} changed while it was read. Load it again."
+        )
 
 
 def save(
@@ -199,8 +240,10 @@ def save(
     """Writes a directory that `load` and `transformers` read.
 
     Writes `config.json` and `model.safetensors`. With a tokenizer it also writes
-    `tokenizer.json` and `tokenizer_config.json`. If the write fails, the old files stay
-    as they were. If the process is killed while the new files take their places, the
+    `tokenizer.json` and `tokenizer_config.json`. The weights of a quantized model are
+    written as `jaxq.save` writes them, and `config.json` says so. `load` reads them,
+    and `transformers` refuses them. If the write fails, the old files stay as they
+    were. If the process is killed while the new files take their places, the
     directory has no `config.json`, and `load` refuses it. New weights are never read
     with an old config.
 
@@ -208,15 +251,16 @@ def save(
         path: the directory. It is made if it does not exist. Files of these names in
             it are overwritten. A `model.safetensors.index.json` is removed, because it
             names the weights of an earlier model.
-        model: a `Llama` with float weights. Use `jaxq.save` for a quantized model.
+        model: a `Llama` with float or quantized weights.
         tokenizer: a `tokenizers.Tokenizer`, or None to write no tokenizer.
-        dtype: the tensors are rounded to it.
+        dtype: the tensors are rounded to it. A quantized model keeps its dtypes.
         **config: more entries of `config.json`, such as `eos_token_id=0`.
 
     Raises:
-        ValueError: the parameters are not those of a float `Llama`; no Hugging Face
+        ValueError: the parameters are not those of a `Llama`; no Hugging Face
             architecture has the features of its config; or a layer transforms its
-            inputs (`rotate` with `online=`), because the files cannot express that;
+            inputs (`rotate` with `online=`), because the files cannot express that. A
+            quantized model can have the transform `jaxq.methods.hadamard`;
             or `dtype` is not a float dtype of at least 16 bits.
         OSError: the directory cannot be made, or a file cannot be written. The error
             names it.
@@ -230,7 +274,7 @@ def save(
         ['config.json', 'model.safetensors']
     """
     transforms = input_transforms(model)
-    if transforms:
+    if transforms and not (is_quantized(model) and transforms_are_known(model)):
         layer, name = next(iter(transforms.items()))
         raise ValueError(
             f"jaxq.models.save: {len(transforms)} layers transform their inputs, for "
@@ -244,7 +288,12 @@ def save(
             f"{stored_dtype.name}."
         )
     entries = model.config.to_hf() | {"dtype": stored_dtype.name} | config
-    tensors = _file_tensors(model, stored_dtype)
+    metadata = {"format": "pt"}
+    if is_quantized(model):
+        tensors, metadata = model_as_file(model)
+        entries |= quantization_entries(model)
+    else:
+        tensors = _file_tensors(model, stored_dtype)
     texts = {CONFIG: _json_text(entries)}
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
@@ -252,7 +301,7 @@ def save(
     path = Path(path)
     with naming_errors(path, _SAVE, "the directory cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
-        write_directory(path, {SINGLE: lambda: tensors}, texts, _SAVE)
+        write_directory(path, {SINGLE: lambda: tensors}, texts, _SAVE, metadata)
 
 
 def _load_quantized(

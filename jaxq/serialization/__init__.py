@@ -13,6 +13,7 @@ each QTensor, are JSON in the file's metadata. So `read_tree` needs no template.
 """
 
 from jaxq.serialization._contents import Contents as Contents
+from jaxq.serialization._contents import as_file as as_file
 from jaxq.serialization._contents import read_contents as read_contents
 from jaxq.serialization._contents import read_tree, write_tree
 from jaxq.serialization._contents import write_contents as write_contents

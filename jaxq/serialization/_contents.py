@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxq.files import TensorFile, check_folder
 from jaxq.processes import Agreement
 from jaxq.serialization._entries import EntryReader, EntryWriter
-from jaxq.serialization._files import FORMAT_VERSION, open_file, read_header, write_file
+from jaxq.serialization._files import (
+    FORMAT_VERSION,
+    metadata_of,
+    open_file,
+    read_header,
+    write_file,
+)
 from jaxq.serialization._turn import Turn
 
 TREE = "tree"
@@ -113,13 +121,7 @@ def write_contents(
         if turn.is_mine:
             check_folder(path, caller)
         try:
-            structure = _describe(writer, contents)
-            header = {
-                "version": FORMAT_VERSION,
-                "kind": contents.kind,
-                "structure": structure,
-                **contents.notes,
-            }
+            header = _header(writer, contents)
             if turn.is_mine:
                 write_file(path, writer.tensors, header, caller)
         except RecursionError as error:
@@ -127,6 +129,28 @@ def write_contents(
                 f"{caller}: {path} cannot be written: the tree is nested too deeply. "
                 "Save its parts by name, in one dict."
             ) from error
+
+
+def as_file(
+    contents: Contents, *, caller: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of the file that `write_contents` writes.
+
+    All arrays must be in this process.
+    """
+    writer = EntryWriter(caller, np.asarray)
+    header = _header(writer, contents)
+    return writer.tensors, metadata_of(header)
+
+
+def _header(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
+    """The JSON header of a file. The writer gets the tensors."""
+    return {
+        "version": FORMAT_VERSION,
+        "kind": contents.kind,
+        "structure": _describe(writer, contents),
+        **contents.notes,
+    }
 
 
 def _describe(writer: EntryWriter, contents: Contents) -> dict[str, Any]:

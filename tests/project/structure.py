@@ -33,6 +33,7 @@ ROOMS = (
         "training",
         "evaluation",
         "cli",
+        "__main__",
     ),
 )
 MOST_COLUMNS = 88

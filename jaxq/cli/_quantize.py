@@ -1,0 +1,154 @@
+"""`jaxq quantize`: a float model in, a directory with the quantized model out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jaxq import models, nn
+from jaxq.cli import _options, _output, _recipe, _statistics_file, _texts
+from jaxq.cli._directory import check_output, new_directory
+
+_EXAMPLE = """\b
+Example:
+  jaxq quantize examples/tiny_llama --recipe int4_gptq \\
+      --calibration examples/train_tiny_llama.py --out tiny_llama_int4
+"""
+# The choices of --target-bits, from few bits to many.
+_CHOICES = "int3,int4,mxfp6_e2m3,int8"
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("source", type=_options.DIRECTORY)
+@click.option(
+    "--recipe",
+    "recipe_text",
+    required=True,
+    help="A name of `jaxq recipes`, or a JSON file.",
+)
+@_options.output_options
+@click.option(
+    "--calibration",
+    type=_options.FILE,
+    multiple=True,
+    help="A text file. May be given several times.",
+)
+@click.option(
+    "--statistics",
+    "statistics_path",
+    type=_options.FILE,
+    help="A file of `jaxq statistics`, in the place of a text.",
+)
+@click.option(
+    "--target-bits",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Choose a preset for each layer, with so many bits per weight on average.",
+)
+@click.option(
+    "--choices",
+    default=_CHOICES,
+    show_default=True,
+    help="The presets that --target-bits chooses from.",
+)
+@_options.calibration_options
+@click.option("--report", is_flag=True, help="Show one row for each parameter.")
+@_options.common
+def quantize(
+    source: Path,
+    recipe_text: str,
+    out: Path,
+    overwrite: bool,
+    calibration: tuple[Path, ...],
+    statistics_path: Path | None,
+    target_bits: float | None,
+    choices: str,
+    context: int | None,
+    samples: int,
+    batch_size: int,
+    report: bool,
+    as_json: bool,
+) -> None:
+    """Quantize a model.
+
+    SOURCE is a Hugging Face directory with float weights. The result is a directory
+    that `jaxq.models.load` and the other commands read.
+    """
+    start = time.perf_counter()
+    recipe = _recipe.read_recipe(recipe_text)
+    check_output(out, overwrite)
+    _check_data(recipe, recipe_text, calibration, statistics_path, target_bits)
+    model, tokenizer = models.load(source)
+    if models.is_quantized(model):
+        raise click.UsageError(f"{source} is quantized already. Pass the float model.")
+    batches: Any = None
+    if statistics_path is not None:
+        read = _statistics_file.read(statistics_path)
+        _statistics_file.check_model(read, statistics_path, model)
+        batches = read.layers
+    if calibration:
+        _texts.check_tokenizer(source, tokenizer)
+        window = _texts.default_context(model, context)
+        tokens = _texts.read_tokens(tokenizer, calibration)
+        batches = _texts.calibration_batches(tokens, window, samples, batch_size)
+    chosen = None
+    if target_bits is not None:
+        names = [name.strip() for name in choices.split(",")]
+        recipe, chosen = _recipe.with_budget(recipe, model, target_bits, names, batches)
+    qmodel, result = nn.quantize_model(model, recipe, calibration=batches)
+    with new_directory(out) as folder:
+        models.save(folder, qmodel, tokenizer=tokenizer)
+    seconds = time.perf_counter() - start
+    if as_json:
+        entries = {"source": str(source), "recipe": recipe_text, "out": str(out)}
+        _output.print_json(
+            entries | {"seconds": seconds, "choices": chosen} | result.to_dict()
+        )
+        return
+    _print_report(result, report, chosen)
+    click.echo(f"\nwrote {out} in {seconds:.0f} s")
+
+
+def _check_data(
+    recipe: Any,
+    recipe_text: str,
+    calibration: tuple[Path, ...],
+    statistics_path: Path | None,
+    target_bits: float | None,
+) -> None:
+    """Raises before the model is loaded if the data are not those that are needed."""
+    if calibration and statistics_path is not None:
+        raise click.UsageError("Pass --calibration or --statistics, not both.")
+    if target_bits is not None and not calibration:
+        raise click.UsageError("--target-bits needs --calibration TEXT.")
+    has_data = bool(calibration) or statistics_path is not None
+    if _recipe.needs_data(recipe) and not has_data:
+        raise click.UsageError(
+            f"--recipe {recipe_text} needs data. Pass --calibration TEXT."
+        )
+
+
+def _print_report(
+    report: nn.Report, all_rows: bool, chosen: dict[str, str] | None
+) -> None:
+    if all_rows:
+        click.echo(str(report))
+    else:
+        # The totals are the lines after the table.
+        click.echo(report.totals)
+        for note, paths in _float_rows(report).items():
+            click.echo(f"in floats: {', '.join(paths)} ({note})")
+    if chosen is not None:
+        rows = [(path, name) for path, name in chosen.items()]
+        _output.print_table(["layer", "preset"], rows, num_text_columns=2)
+
+
+def _float_rows(report: nn.Report) -> dict[str, list[str]]:
+    """The matrices that stay in floats, by the reason."""
+    paths: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.format is None and len(row.shape) > 1:
+            paths.setdefault(row.note, []).append(row.path)
+    return paths
