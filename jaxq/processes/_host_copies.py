@@ -7,6 +7,7 @@ array that is sharded.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,7 +47,7 @@ class HostCopies:
         """
         if not spans_processes(x):
             return np.asarray(x) if self._is_mine else None
-        local = {_bounds(s.index, x.shape): s.data for s in x.addressable_shards}
+        shards = {_bounds(s.index, x.shape): s.data for s in x.addressable_shards}
         whole, error = None, None
         if self._is_mine:
             try:
@@ -54,63 +55,67 @@ class HostCopies:
             except MemoryError as problem:
                 error = problem
         for bounds, device in self._holders(x).items():
-            index = tuple(slice(*bound) for bound in bounds)
-            if device.process_index == self._process:
-                if whole is not None:
-                    whole[index] = np.asarray(local[bounds])
-                continue
-            is_sender = device.process_index == jax.process_index()
-            part = np.asarray(local[bounds]) if is_sender else None
-            shape = tuple(stop - start for start, stop in bounds)
-            received = self._send(part, shape, x.dtype, device)
+            part = None
+            if device.process_index == jax.process_index():
+                part = np.asarray(shards[bounds])
+            if device.process_index != self._process:
+                shape = tuple(stop - start for start, stop in bounds)
+                part = self._send(part, shape, x.dtype, device)
             if whole is not None:
-                whole[index] = received
+                whole[tuple(slice(*bound) for bound in bounds)] = part
         if error is not None:
             raise error
         return whole
 
     def _holders(self, x: jax.Array) -> dict[_Bounds, Any]:
-        """For each part of an array, the device from which it is copied."""
+        """For each part of an array, the device from which it is copied.
+
+        Every process gets the same devices in the same order.
+        """
         holders: dict[_Bounds, Any] = {}
         for device, index in x.sharding.devices_indices_map(x.shape).items():
-            bounds = _bounds(index or (), x.shape)
-            if bounds not in holders or self._order(device) < self._order(
-                holders[bounds]
-            ):
+            bounds = _bounds(index, x.shape)
+            holder = holders.setdefault(bounds, device)
+            if self._priority(device) < self._priority(holder):
                 holders[bounds] = device
         return holders
 
-    def _order(self, device: Any) -> tuple[bool, int]:
+    def _priority(self, device: Any) -> tuple[bool, int]:
         """Devices of the process that gets the arrays come first."""
         return device.process_index != self._process, device.id
 
     def _send(
         self, part: np.ndarray | None, shape: tuple[int, ...], dtype: Any, source: Any
     ) -> np.ndarray | None:
-        """A part in the process that gets it. Only the process of `source` has it."""
-        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        """Sends a part, and returns it in the process that gets it.
+
+        Args:
+          part: the numbers in the process of `source`, and None in all others.
+          shape: of the part.
+          dtype: of the part.
+          source: the device from which it is sent.
+        """
         data = None
         if part is not None:
             data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        blocks, start = [], 0
+        num_bytes = math.prod(shape) * dtype.itemsize
+        copy = np.empty(num_bytes, np.uint8) if self._is_mine else None
+        start = 0
         while start < num_bytes:
             rest = num_bytes - start
-            smaller = [size for size in _BLOCK_SIZES if size <= rest]
-            size = max(smaller, default=_BLOCK_SIZES[0])
+            sizes = [size for size in _BLOCK_SIZES if size <= rest]
+            size = max(sizes, default=_BLOCK_SIZES[0])
             block = None if data is None else data[start : start + size]
-            received = self._send_block(block, size, source)
-            if received is not None:
-                blocks.append(received[: min(size, rest)])
+            block = self._send_block(block, size, source)
+            if copy is not None and block is not None:
+                copy[start : start + size] = block[:rest]
             start += size
-        if not self._is_mine:
-            return None
-        received = np.concatenate([np.empty(0, np.uint8), *blocks])
-        return received.view(dtype).reshape(shape)
+        return None if copy is None else copy.view(dtype).reshape(shape)
 
     def _send_block(
         self, block: np.ndarray | None, size: int, source: Any
     ) -> np.ndarray | None:
-        """One block of bytes. Every device takes part, with zeros or the block."""
+        """Sends a block of bytes. All other devices take part with zeros."""
         mesh = Mesh(np.array(self._devices), ("devices",))
         sharding = NamedSharding(mesh, PartitionSpec("devices"))
         shape = (mesh.size, size // 4)
@@ -119,24 +124,24 @@ class HostCopies:
             self._zeros[size] = jax.make_array_from_callback(
                 shape, sharding, lambda _: zeros
             )
-        blocks = {s.device: s.data for s in self._zeros[size].addressable_shards}
+        rows = {s.device: s.data for s in self._zeros[size].addressable_shards}
         if block is not None:
             padded = np.zeros(size, np.uint8)
             padded[: block.size] = block
-            blocks[source] = jax.device_put(padded.view(np.uint32)[None], source)
+            rows[source] = jax.device_put(padded.view(np.uint32)[None], source)
         x = jax.make_array_from_single_device_arrays(
-            shape, sharding, list(blocks.values())
+            shape, sharding, list(rows.values())
         )
         target = next(d for d in self._devices if d.process_index == self._process)
         places = self._devices.index(source), self._devices.index(target)
         with jax.set_mesh(mesh):  # instead of the mesh of the caller
-            received = _sender(mesh, *places)(x)
+            y = _sender(mesh, *places)(x)
         # The next block waits, so a device holds one block at a time.
-        received.block_until_ready()
+        y.block_until_ready()
         if not self._is_mine:
             return None
-        [found] = [s.data for s in received.addressable_shards if s.device == target]
-        return np.asarray(found).reshape(-1).view(np.uint8)
+        [row] = [s.data for s in y.addressable_shards if s.device == target]
+        return np.asarray(row).reshape(-1).view(np.uint8)
 
 
 @functools.lru_cache(maxsize=256)

@@ -110,11 +110,11 @@ class EntryWriter:
                 "no masks. Save value.filled(...), or data and mask as two arrays."
             )
         dtype = value.dtype
-        carrier = None
+        stored_dtype = dtype if dtype.name in NATIVE else None
         # isbuiltin == 2: a dtype of another package, here ml_dtypes (bfloat16, float8).
-        if dtype.isbuiltin == 2:
-            carrier = _CARRIERS.get(dtype.itemsize)
-        if dtype.name not in NATIVE and carrier is None:
+        if stored_dtype is None and dtype.isbuiltin == 2:
+            stored_dtype = _CARRIERS.get(dtype.itemsize)
+        if stored_dtype is None:
             raise TypeError(
                 f"{self._caller}: {path or 'the value'} has dtype {dtype}, which "
                 "cannot be saved. Convert it to a dtype that jax has."
@@ -127,7 +127,7 @@ class EntryWriter:
         array = self._fetch(value)
         if array is None:
             array = np.empty(0, dtype)
-        stored = array if dtype.name in NATIVE else array.view(carrier)
+        stored = array.view(stored_dtype)
         self.tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
         entry = {"is": "array", "tensor": tensor, "dtype": dtype.name}
         return entry if isinstance(value, jax.Array) else {**entry, "numpy": True}

@@ -8,6 +8,7 @@ file. Every process writes its other results, as JSON.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -382,6 +383,7 @@ def count_bytes_on_devices(files: Files) -> None:
 
         return made
 
+    gc.collect()
     num_before = len(jax.live_arrays())
     for name, make in originals.items():
         setattr(jax, name, counted(make))
@@ -391,6 +393,7 @@ def count_bytes_on_devices(files: Files) -> None:
     for name, make in originals.items():
         setattr(jax, name, make)
     del qt
+    gc.collect()
     files.worker.results["most bytes"] = most
     files.worker.results["new arrays"] = len(jax.live_arrays()) - num_before
 
