@@ -69,8 +69,8 @@ def quantization_entries(model: Any) -> dict[str, Any]:
 
 def transforms_are_known(model: Any) -> bool:
     """True if a directory can say which transforms the layers apply to their inputs."""
-    hooks = [layer.promote_dtype for _, layer in _transformed_layers(model)]
-    return all(_is_hadamard(hook) for hook in hooks)
+    layers = _transformed_layers(model)
+    return all(_transforms(layer) == [hadamard] for _, layer in layers)
 
 
 def own_quantization(path: Path, caller: str) -> dict[str, Any] | None:
@@ -207,8 +207,14 @@ def _transformed_layers(model: nnx.Module) -> list[tuple[str, Any]]:
     return sorted(layers, key=lambda item: item[0])
 
 
-def _is_hadamard(hook: Any) -> bool:
-    return isinstance(hook, TransformInput) and hook.transform is hadamard
+def _transforms(layer: Any) -> list[Callable[..., Any]]:
+    """The transforms of a layer's input, the last one first."""
+    transforms, hook = [], layer.promote_dtype
+    while hook is not None:  # the hook of a quantized weight wraps the others
+        if isinstance(hook, TransformInput):
+            transforms.append(hook.transform)
+        hook = getattr(hook, "original", None)
+    return transforms
 
 
 def _is_qtensor(value: Any) -> bool:
