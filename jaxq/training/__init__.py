@@ -13,6 +13,7 @@ from jaxq.training._convert import convert
 from jaxq.training._delayed_scaling import AmaxHistory, DelayedScaling
 from jaxq.training._labels import labels
 from jaxq.training._low_precision_dot import dot_general
+from jaxq.training._low_precision_layers import low_precision
 from jaxq.training._precision_recipe import (
     LowPrecision,
     ProductSpec,
@@ -35,6 +36,7 @@ __all__ = [
     "ema",
     "labels",
     "linen",
+    "low_precision",
     "low_precision_recipes",
     "lsq",
     "pact",

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxq.meshes import apply_out_sharding, call_on_auto_axes, explicit_spec
+from jaxq.ops import einsum_numbers
 from jaxq.qtensor import FLOATS, describe, is_traced
 from jaxq.training._low_precision_product import Bounds, low_precision_product
 from jaxq.training._precision_recipe import LowPrecision, as_low_precision
@@ -127,9 +128,10 @@ def multiply_arrays(
     lhs: Any,
     rhs: Any,
     dimension_numbers: Any,
-    *,
+    precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    *,
     key: jax.Array | None = None,
     bounds: Bounds | None = None,
 ) -> jax.Array:
@@ -140,6 +142,7 @@ def multiply_arrays(
       lhs: the input, float32, bfloat16 or float16.
       rhs: the weight, likewise.
       dimension_numbers: as in `lax.dot_general`.
+      precision: has no effect.
       preferred_element_type: dtype of the result. None uses the dtype that the operands
         promote to.
       out_sharding: as in `jaxq.dot_general`.
@@ -168,6 +171,36 @@ def multiply_arrays(
     names += [right_names[axis] for axis in right.free]
     y = call_on_auto_axes(product, PartitionSpec(*names), lhs, rhs, key, bounds)
     return apply_out_sharding(y, out_sharding)
+
+
+def einsum_arrays(
+    recipe: LowPrecision,
+    subscripts: str,
+    lhs: Any,
+    rhs: Any,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    key: jax.Array | None = None,
+    bounds: Bounds | None = None,
+) -> jax.Array:
+    """`jnp.einsum` of two operands by a recipe. The arguments are as above.
+
+    Raises:
+      ValueError: `subscripts` break a rule of `jaxq.einsum`.
+    """
+    dims, order = einsum_numbers(subscripts, jnp.ndim(lhs), jnp.ndim(rhs))
+    y = multiply_arrays(
+        recipe,
+        lhs,
+        rhs,
+        dims,
+        preferred_element_type=preferred_element_type,
+        key=key,
+        bounds=bounds,
+    )
+    return apply_out_sharding(jnp.transpose(y, order), out_sharding)
 
 
 def check_operands(lhs: jax.Array, rhs: jax.Array, caller: str) -> None:

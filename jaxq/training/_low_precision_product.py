@@ -33,7 +33,7 @@ class Bounds(NamedTuple):
     w: jax.Array
 
 
-class _Draw(enum.IntEnum):
+class Draw(enum.IntEnum):
     """What random numbers are for. Each has a key of its own."""
 
     X = 0
@@ -63,8 +63,8 @@ class _Side:
     spec: QuantSpec | None
     hadamard: int | None
     axis: int
-    draw: _Draw
-    signs: _Draw
+    draw: Draw
+    signs: Draw
 
     def serves(self, other: _Side) -> bool:
         """True if this quantized operand is that of another product too."""
@@ -72,7 +72,7 @@ class _Side:
         return self.spec == other.spec and not is_rotated and is_turnable(self.spec)
 
 
-def _sides(product: ProductSpec, signs: _Draw, axes, draws) -> tuple[_Side, _Side]:
+def _sides(product: ProductSpec, signs: Draw, axes, draws) -> tuple[_Side, _Side]:
     """The two operands of a product."""
     left, right = (
         _Side(spec, product.hadamard, axis, draw, signs)
@@ -97,18 +97,18 @@ class _Plan(NamedTuple):
 @functools.cache
 def _plan(recipe: LowPrecision) -> _Plan:
     return _Plan(
-        *_sides(recipe.forward, _Draw.FORWARD_SIGNS, (-1, -1), (_Draw.X, _Draw.W)),
+        *_sides(recipe.forward, Draw.FORWARD_SIGNS, (-1, -1), (Draw.X, Draw.W)),
         *_sides(
             recipe.input_gradient,
-            _Draw.INPUT_SIGNS,
+            Draw.INPUT_SIGNS,
             (-1, -2),
-            (_Draw.DY_FOR_X, _Draw.W_FOR_X),
+            (Draw.DY_FOR_X, Draw.W_FOR_X),
         ),
         *_sides(
             recipe.weight_gradient,
-            _Draw.WEIGHT_SIGNS,
+            Draw.WEIGHT_SIGNS,
             (-2, -2),
-            (_Draw.X_FOR_W, _Draw.DY_FOR_W),
+            (Draw.X_FOR_W, Draw.DY_FOR_W),
         ),
     )
 
@@ -155,6 +155,7 @@ def _forward(recipe, x, w, key, bounds):
 
 def _backward(recipe, saved, dy):
     x, w, key, bounds, (x_like, w_like) = saved
+    check_gradient_key(recipe, key)
     plan = _plan(recipe)
     x_bound, w_bound = (None, None) if bounds is None else bounds
     dy_for_x = _quantized(dy, plan.dy_for_x, recipe, key)
@@ -183,19 +184,30 @@ def _quantized(
 ) -> Factors:
     """One operand, rotated and quantized."""
     if side.hadamard is not None:
-        x = _rotated(x, side.hadamard, side.axis, _key(key, side.signs))
+        x = _rotated(x, side.hadamard, side.axis, draw_key(key, side.signs))
     needs_key = side.spec is not None and side.spec.needs_key
     return as_factors(
         x,
         side.spec,
         axis=side.axis,
-        key=_key(key, side.draw) if needs_key else None,
+        key=draw_key(key, side.draw) if needs_key else None,
         bound=bound,
         four_over_six=recipe.four_over_six,
     )
 
 
-def _key(key: jax.Array | None, draw: _Draw) -> jax.Array | None:
+def check_gradient_key(recipe: LowPrecision, key: jax.Array | None) -> None:
+    """Raises a ValueError if a gradient needs random numbers and there is no key."""
+    if key is None and recipe.needs_key:
+        raise ValueError(
+            "training.low_precision: the recipe rounds gradients stochastically, "
+            "and there is no key. In linen, pass rngs={'low_precision': key} to apply, "
+            "with a new key in each step."
+        )
+
+
+def draw_key(key: jax.Array | None, draw: Draw) -> jax.Array | None:
+    """The key of one operand or rotation of a call."""
     return None if key is None else jax.random.fold_in(key, int(draw))
 
 

@@ -143,8 +143,17 @@ class LowPrecision:
     @property
     def needs_key(self) -> bool:
         """True if an operand of a product is rounded stochastically."""
-        products = (self.forward, self.input_gradient, self.weight_gradient)
-        return any(product.needs_key for product in products)
+        return any(product.needs_key for product in self._products)
+
+    @property
+    def uses_random_numbers(self) -> bool:
+        """True if a key has an effect: for stochastic rounding, or for rotations."""
+        is_rotated = any(p.hadamard is not None for p in self._products)
+        return self.needs_key or is_rotated
+
+    @property
+    def _products(self) -> tuple[ProductSpec, ...]:
+        return (self.forward, self.input_gradient, self.weight_gradient)
 
 
 def low_precision_recipes() -> dict[str, LowPrecision]:

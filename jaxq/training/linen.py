@@ -1,4 +1,4 @@
-"""Quantization-aware training of Flax linen modules.
+"""Quantization-aware and low-precision training of Flax linen modules.
 
 The functions are those of `jaxq.training`. They take a module and its variables instead
 of a model. Weights in "params" become `TrainedWeight`s, which hold the floats and the
@@ -27,13 +27,25 @@ from jaxq.training._averages import (
     split_averages,
 )
 from jaxq.training._convert import trained_row
+from jaxq.training._low_precision_linen import (
+    LowPrecisionModule,
+    dot_general_cls,
+    low_precision,
+)
 from jaxq.training._prepare import check_trained, replacement, trainable_recipe
 from jaxq.training._ranges import Ranges, as_ranges
 from jaxq.training._restore import restore_floats
 from jaxq.training._schedule import Schedule
 from jaxq.training._weights import trained_weights
 
-__all__ = ["Prepared", "convert", "prepare"]
+__all__ = [
+    "LowPrecisionModule",
+    "Prepared",
+    "convert",
+    "dot_general_cls",
+    "low_precision",
+    "prepare",
+]
 
 
 class Prepared(Quantized):
