@@ -297,7 +297,7 @@ def _text(lhs: Any, rhs: Any) -> str:
     return f"{list(lhs.shape)} @ {list(rhs.shape)}"
 
 
-def gathered_names(names: Sequence[tuple], specs: Sequence[tuple]) -> tuple[str, ...]:
+def gathered_names(names: Sequence[tuple], specs: Sequence[Any]) -> tuple[str, ...]:
     """The mesh axes over which a device gets what other devices have.
 
     Args:

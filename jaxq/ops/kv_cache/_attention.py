@@ -69,7 +69,7 @@ def attend(
     layout = None
     if mesh is not None:
         layout = cache_layout(cache, q, explicit_spec, mesh)
-    if layout is None:
+    if mesh is None or layout is None:
         return call_on_auto_axes(steps, out_spec, cache, q, k, v, count)
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), cache.lengths.shape)
     tokens = None if k is None else layout.tokens
