@@ -49,6 +49,7 @@ SUBJECTS = (
     "quantize",
     "recipes",
     "static_ranges",
+    "stream",
     "training",
 )
 # Environment variables of single subjects. They are settings of glibc's malloc.
@@ -64,6 +65,7 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
     # The process returns freed memory immediately, so that resident memory is memory in
     # use.
     "memory": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
+    "stream": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
     # Otherwise new pages take a part of every training step.
     "training": KEEP_FREED_MEMORY,
 }

@@ -28,6 +28,7 @@ from jaxq.files._paths import naming_errors as naming_errors
 from jaxq.files._read_tensors import RefusedFile as RefusedFile
 from jaxq.files._read_tensors import TensorFile as TensorFile
 from jaxq.files._read_tensors import TensorHeader as TensorHeader
+from jaxq.files._tensor_stream import TensorStream as TensorStream
 from jaxq.files._write_directory import Weights as Weights
 from jaxq.files._write_directory import write_directory as write_directory
 from jaxq.files._write_tensors import DTYPES as DTYPES

@@ -5,7 +5,8 @@ model (its arrays by path). `load` reads it back, and can put the arrays into a 
 model. `jaxq.serialization` describes how values are stored.
 
 `read_checkpoint` reads the quantized checkpoints of other libraries, and `export`
-writes them. `layouts` has the functions for the arrays of one weight.
+writes them. `quantize_checkpoint` quantizes a checkpoint that may be larger than the
+memory. `layouts` has the functions for the arrays of one weight.
 """
 
 from pathlib import Path
@@ -14,12 +15,25 @@ from typing import Any
 from jaxq.io import layouts as layouts
 from jaxq.io._saving import load, save
 from jaxq.io._saving import model_as_file as model_as_file
-from jaxq.io.checkpoint import Checkpoint, export, read_checkpoint
+from jaxq.io.checkpoint import (
+    Checkpoint,
+    export,
+    quantize_checkpoint,
+    read_checkpoint,
+)
 from jaxq.io.checkpoint import CheckpointParts as CheckpointParts
 from jaxq.io.checkpoint import is_quantized as is_quantized
 from jaxq.io.checkpoint import register_model as register_model
 
-__all__ = ["Checkpoint", "export", "layouts", "load", "read_checkpoint", "save"]
+__all__ = [
+    "Checkpoint",
+    "export",
+    "layouts",
+    "load",
+    "quantize_checkpoint",
+    "read_checkpoint",
+    "save",
+]
 
 
 def fill_model(model: Any, values: dict[str, Any], path: Path) -> Any:

@@ -108,6 +108,16 @@ class Checkpoint(Mapping[str, Any]):
             self._caller, self._known_shapes, dequantize=self._dequantize
         )
 
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Size and time of change of each file, by name."""
+        files = {
+            tensor.file
+            for parameter in self._parameters.values()
+            for tensor in parameter.tensors.values()
+        }
+        status = {file.name: os.stat(file) for file in sorted(files)}
+        return {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()}
+
     def is_quantized(self, name: str) -> bool:
         """Whether the files hold a parameter in quantized form."""
         return self._parameters[name].layout is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from jaxq.files import CONFIG, INDEX, SINGLE, Weights, naming_errors, write_directory
 from jaxq.io.checkpoint._gguf_export import export_gguf
-from jaxq.io.checkpoint._parts import CheckpointParts, parts_of
+from jaxq.io.checkpoint._parts import CheckpointParts, is_table, parts_of
 from jaxq.io.checkpoint._targets import (
     Target,
     WeightSettings,
@@ -26,7 +25,6 @@ from jaxq.qtensor import QTensor, dequantize
 
 _CALLER = "jaxq.io.export"
 _WEIGHT = ".weight"
-_TABLE = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared)\.weight$")
 _SHARD_BYTES = 5 * 10**9
 
 
@@ -165,7 +163,7 @@ def tensors_of(
         return {name: np.asarray(dequantize(value))}, None
     if not name.endswith(_WEIGHT):
         raise ValueError("the format only has weights of linear layers")
-    if _TABLE.search(name):
+    if is_table(name):
         raise ValueError(
             "the format only has weights of linear layers, and this is an embedding "
             "table. Leave it in floats"
@@ -231,13 +229,27 @@ def quantization_config(
       ValueError: the format has one setting for all weights, and they differ.
     """
     modules = {e.module: e.settings for e in entries.values() if e.settings is not None}
-    floats = [
-        entry.module
-        for name, entry in entries.items()
-        if entry.is_matrix and not _TABLE.search(name)
-    ]
+    floats = [entry.module for entry in entries.values() if entry.is_matrix]
+    return combined_config(modules, floats, kind, format)
+
+
+def combined_config(
+    modules: Mapping[str, WeightSettings], floats: list[str], kind: Target, format: str
+) -> dict[str, Any]:
+    """The `quantization_config` of quantized modules.
+
+    Args:
+      modules: the settings of each quantized module by its path.
+      floats: the paths of modules with a float matrix.
+      kind: the format.
+      format: its name, for errors.
+
+    Raises:
+      ValueError: the format has one setting for all weights, and they differ.
+    """
+    layers = [module for module in floats if not is_table(f"{module}{_WEIGHT}")]
     try:
-        return kind.combine(modules, floats)
+        return kind.combine(modules, layers)
     except ValueError as error:
         raise ValueError(f"{_CALLER}: format={format!r}: {error}") from error
 

@@ -169,7 +169,7 @@ def config_of(
       ValueError: the architecture is unknown, or a value is missing or has another
         type.
     """
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))
     if architecture not in _ARCHITECTURES.values():
         known = ", ".join(sorted(set(_ARCHITECTURES.values())))
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,14 @@ class CheckpointParts:
     names: tuple[str, ...]
     read: Callable[[str], Any]
     files: Mapping[str, str | bytes] = dataclasses.field(default_factory=dict)
+
+
+_TABLE = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared)\.weight$")
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter is an embedding table, by its name."""
+    return bool(_TABLE.search(name))
 
 
 _PARTS: dict[type, Callable[[Any], CheckpointParts]] = {}

@@ -43,13 +43,12 @@ def quantized_model(row):
     return jaxq.quantize_model(make(**SIZES), spec)[0]
 
 
-# What needs a package, and the largest difference of logits. transformers has no CPU
-# path for fp8 and runs bfloat16. LLM.int8 quantizes the inputs, and jaxq does not.
+# The format, the package it needs, and the largest difference of logits. transformers
+# has no CPU path for fp8 and runs bfloat16.
 # compressed-tensors 0.20.1 does not load packed zero points, so "pack 4" is symmetric.
 EXPORTED = {
     "nf4 nested": ("bitsandbytes", "bitsandbytes", 2e-4),
     "fp4": ("bitsandbytes", "bitsandbytes", 2e-4),
-    "llm_int8": ("bitsandbytes", "bitsandbytes", 0.1),
     "compressed-tensors pack 4": ("compressed-tensors", "compressed_tensors", 2e-4),
     "compressed-tensors pack 8": ("compressed-tensors", "compressed_tensors", 2e-4),
     "compressed-tensors float": ("compressed-tensors", "compressed_tensors", 2e-4),
@@ -72,6 +71,21 @@ def test_transformers_runs_what_is_exported(tmp_path, row):
     difference = np.abs(logits - np.asarray(run(qmodel, TOKENS))).max()
     spread = logits.std()
     assert difference <= tolerance * max(1, spread), (difference, spread)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_reads_the_weights_of_llm_int8(tmp_path):
+    """Its logits differ, because bitsandbytes also quantizes the inputs."""
+    package("bitsandbytes")
+    transformers = package("transformers")
+    qmodel = quantized_model("llm_int8")
+    jaxq.io.export(qmodel, tmp_path, format="bitsandbytes")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    weight = peer.model.layers[1].self_attn.k_proj.weight
+    kernel = qmodel.layers[1].self_attn.k_proj.kernel[...]
+    np.testing.assert_array_equal(weight.data.numpy(), kernel.T.codes())
+    expected = np.asarray(kernel.scale)[:, 0] * np.float32(127)
+    np.testing.assert_array_equal(weight.SCB.numpy(), expected)
 
 
 @pytest.mark.filterwarnings("ignore")
