@@ -84,7 +84,7 @@ def low_precision(
       >>> model = jaxq.training.low_precision(model, "int8")
       >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
       >>> grads = nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model)
-      >>> optimizer.update(model, grads)
+      >>> _ = optimizer.update(model, grads)
 
     References:
       Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
