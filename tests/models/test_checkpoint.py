@@ -288,9 +288,7 @@ def test_unsupported_config_is_an_error(written):
     (path / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
     )
-    with pytest.raises(
-        ValueError, match="quantization_config={'quant_method': 'gptq'}"
-    ):
+    with pytest.raises(ValueError, match=r"says gptq, but no tensor is named \*\.qw"):
         load(path)
 
 

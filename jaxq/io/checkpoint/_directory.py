@@ -84,6 +84,12 @@ def read_parameters(
     try:
         scheme = scheme_of(config["quantization_config"])
         modules = _modules(files, scheme)
+        if not modules:
+            raise ValueError(
+                f"quantization_config in {CONFIG} says {scheme.layout.name}, but no "
+                f"tensor is named *{scheme.separator}{scheme.marker}. If the weights "
+                "are floats, remove quantization_config."
+            )
         parameters = {}
         taken = set()
         for module in modules:
