@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 from jaxq import sharding
 from tests.arrays import normal, normal_with_outliers
+from tests.sharding.hlo import collectives_in
 from tests.tables import thinned
 
 NUM = 4  # devices
@@ -505,19 +506,13 @@ def test_qtensors_of_devices_are_stacked():
 
 # Bytes on the wire.
 
-COLLECTIVES = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
-WIDTHS = {"u8": 1, "s8": 1, "u16": 2, "u32": 4, "f32": 4, "bf16": 2, "s32": 4}
-
 
 def wire(text):
     """The bytes that each kind of collective gives a device, and the dtypes."""
     found, dtypes = {}, set()
-    pattern = rf"= ([^=]*?) ({COLLECTIVES})(?:-start)?\("
-    for shapes, kind in re.findall(pattern, text):
-        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size = math.prod(int(n) for n in sizes.split(",") if n)
-            found[kind] = found.get(kind, 0) + size * WIDTHS[dtype]
-            dtypes.add(dtype)
+    for kind, dtype, num_bytes in collectives_in(text):
+        found[kind] = found.get(kind, 0) + num_bytes
+        dtypes.add(dtype)
     return found, dtypes
 
 
