@@ -21,6 +21,8 @@ from jaxq.nn.transform import LinenAdapter, Options, check_module, quantize_slot
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe
+from jaxq.sharding import value_in_box
+from jaxq.sharding.boxes import boxed_like
 from jaxq.training._averages import (
     check_averages,
     join_averages,
@@ -98,8 +100,8 @@ def prepare(
 
     Args:
       module: a linen module, or the result of an earlier `prepare`.
-      variables: its variables, a dict or a FrozenDict. Boxes of metadata
-        (`nn.Partitioned`) are removed from weights that the recipe quantizes.
+      variables: its variables, a dict or a FrozenDict. A weight in a box of metadata
+        (`nn.Partitioned`) stays in a `jaxq.nn.linen.QuantizedBox` around this box.
       recipe: as in `jaxq.quantize_model`.
       ranges: as in `jaxq.training.prepare`.
       calibration: as in `jaxq.nn.linen.quantize_model`.
@@ -220,11 +222,12 @@ def convert(
     params = params_of(variables)
     trained_rows: dict[str, Row] = {}
     kinds = {row.path: row.kind for row in module._jaxq_report.rows}
-    for keys, weight in params.items():
+    for keys, boxed in params.items():
+        weight = value_in_box(boxed)
         if isinstance(weight, TrainedWeight):
             path = "/".join(keys)
             qt = weight.quantize()
-            params[keys] = qt
+            params[keys] = boxed_like(qt, boxed)
             trained_rows[path] = trained_row(path, kinds.get(path, "-"), weight, qt)
     rows = [trained_rows.get(row.path, row) for row in module._jaxq_report.rows]
     converted: Any = with_params(variables, params)

@@ -5,9 +5,6 @@ collective, for a program with two layers `up` and `down`. XLA:CPU gathers bfloa
 float32, so scales are float32 here.
 """
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -18,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 from jaxq import sharding
 from tests.arrays import assert_close, normal_with_outliers
+from tests.sharding.hlo import BYTES, collectives_in
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 ROWS, K, N = 32, 256, 512
@@ -30,28 +28,13 @@ SPECS = {
 TENSOR = (P(None, "t"), P("t", None))
 FSDP = {"rows": (P("d", None), P("d", None)), "columns": (P(None, "d"), P(None, "d"))}
 
-_COLLECTIVE = re.compile(
-    r"= (?P<shapes>\([^=]*?\)|\S+) (?P<kind>all-gather|all-reduce|reduce-scatter"
-    r"|all-to-all|collective-permute)(-start)?\("
-)
-_SHAPE = re.compile(r"(?P<dtype>[a-z]+\d+\w*)\[(?P<sizes>[\d,]*)\]")
-_BYTES = {"s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "pred": 1}
-
 
 def collectives(f, *args, **options):
     """The (kind, dtype, bytes of the result) of each collective of a program."""
-    text = jax.jit(f, **options).lower(*args).compile().as_text()
-    text = re.sub(r"/\*.*?\*/", "", text)  # the places in long tuples, "/*index=5*/"
-    found = []
-    for match in _COLLECTIVE.finditer(text):
-        for shape in _SHAPE.finditer(match["shapes"]):
-            sizes = [int(size) for size in shape["sizes"].split(",") if size]
-            num_bytes = math.prod(sizes) * _BYTES[shape["dtype"]]
-            found.append((match["kind"], shape["dtype"], num_bytes))
-    return found
+    return collectives_in(jax.jit(f, **options).lower(*args).compile().as_text())
 
 
-def total(found, kind, dtypes=tuple(_BYTES)):
+def total(found, kind, dtypes=tuple(BYTES)):
     return sum(size for k, dtype, size in found if k == kind and dtype in dtypes)
 
 
