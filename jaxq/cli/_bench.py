@@ -25,7 +25,7 @@ _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("source", required=False, type=_options.DIRECTORY)
+@click.argument("source", required=False, type=_options.MODEL)
 @click.option("--recipe", "recipe_text", help="Quantizes SOURCE. It needs no data.")
 @click.option(
     "--shape", metavar="MxKxN", help="Time a product [m, k] @ [k, n] of random numbers."

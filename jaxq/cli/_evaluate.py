@@ -23,7 +23,7 @@ _NUM_CALLS = 5
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("model_path", metavar="MODEL", type=_options.DIRECTORY)
+@click.argument("model_path", metavar="MODEL", type=_options.MODEL)
 @click.option(
     "--text",
     type=_options.FILE,
@@ -32,7 +32,7 @@ _NUM_CALLS = 5
     help="A text file. May be given several times.",
 )
 @click.option(
-    "--reference", type=_options.DIRECTORY, help="The float model to compare with."
+    "--reference", type=_options.MODEL, help="The float model to compare with."
 )
 @_options.context_option
 @click.option(

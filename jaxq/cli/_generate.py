@@ -20,7 +20,7 @@ Example:
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("model_path", metavar="MODEL", type=_options.DIRECTORY)
+@click.argument("model_path", metavar="MODEL", type=_options.MODEL)
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option(
     "--tokens",

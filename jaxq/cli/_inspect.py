@@ -41,7 +41,7 @@ def inspect(
 ) -> None:
     """Show what a file, a directory or a number holds.
 
-    PATH is a safetensors file, or a directory with such files.
+    PATH is a safetensors file, a directory with such files, or a file of GGUF.
     """
     is_number = number is not None or format_name is not None
     if (path is None) != is_number:

@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": "Measure a model on a text.",
     "generate": "Continue a text with a model.",
     "inspect": "Show what a file, a directory or a number holds.",
-    "convert": "Write a model in another dtype.",
+    "convert": "Write a model in another dtype or format.",
     "bench": "Time quantized products or models beside float ones.",
     "formats": "List the number formats.",
     "recipes": "List the named recipes.",

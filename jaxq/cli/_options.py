@@ -10,8 +10,17 @@ import click
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+# A model: a directory, or a file of GGUF.
+MODEL = click.Path(exists=True, path_type=Path)
 ANY_PATH = click.Path(exists=True, path_type=Path)
 NEW_PATH = click.Path(path_type=Path)
+# The format of `jaxq.models.save`. The others are those of `jaxq.io.export`.
+OWN_FORMAT = "jaxq"
+FORMATS = (
+    OWN_FORMAT,
+    *("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "hf"),
+    "modelopt",
+)
 COUNT = click.IntRange(min=1)
 
 
@@ -40,11 +49,12 @@ def context_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --out and --overwrite. The function gets `out` and `overwrite`."""
     out = click.option(
-        "--out", type=NEW_PATH, required=True, help="The directory to write."
+        "--out",
+        type=NEW_PATH,
+        required=True,
+        help="The directory to write, or the file of GGUF.",
     )
-    overwrite = click.option(
-        "--overwrite", is_flag=True, help="Replace the directory if it exists."
-    )
+    overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
     return out(overwrite(function))
 
 

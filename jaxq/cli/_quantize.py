@@ -10,7 +10,7 @@ import click
 
 from jaxq import models, nn
 from jaxq.cli import _options, _output, _recipe, _statistics_file, _texts
-from jaxq.cli._directory import check_output, new_directory
+from jaxq.cli._new_output import check_output, write_model
 
 _EXAMPLE = """\b
 Example:
@@ -22,7 +22,7 @@ _CHOICES = "int3,int4,mxfp6_e2m3,int8"
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("source", type=_options.DIRECTORY)
+@click.argument("source", type=_options.MODEL)
 @click.option(
     "--recipe",
     "recipe_text",
@@ -30,6 +30,14 @@ _CHOICES = "int3,int4,mxfp6_e2m3,int8"
     help="A name of `jaxq recipes`, or a JSON file.",
 )
 @_options.output_options
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(_options.FORMATS),
+    default=_options.OWN_FORMAT,
+    show_default=True,
+    help="The library that reads the result. hf means floats.",
+)
 @click.option(
     "--calibration",
     type=_options.FILE,
@@ -61,6 +69,7 @@ def quantize(
     recipe_text: str,
     out: Path,
     overwrite: bool,
+    format_name: str,
     calibration: tuple[Path, ...],
     statistics_path: Path | None,
     target_bits: float | None,
@@ -74,11 +83,12 @@ def quantize(
     """Quantize a model.
 
     SOURCE is a Hugging Face directory with float weights. The result is a directory
-    that `jaxq.models.load` and the other commands read.
+    that `jaxq.models.load` and the other commands read. With --format another library
+    reads it. The recipe must then be one whose codes and scales that library has.
     """
     start = time.perf_counter()
     recipe = _recipe.read_recipe(recipe_text)
-    check_output(out, overwrite)
+    check_output(out, overwrite, format_name)
     _check_data(recipe, recipe_text, calibration, statistics_path, target_bits)
     model, tokenizer = models.load(source)
     if models.is_quantized(model):
@@ -98,8 +108,7 @@ def quantize(
         names = [name.strip() for name in choices.split(",")]
         recipe, chosen = _recipe.with_budget(recipe, model, target_bits, names, batches)
     qmodel, result = nn.quantize_model(model, recipe, calibration=batches)
-    with new_directory(out) as folder:
-        models.save(folder, qmodel, tokenizer=tokenizer)
+    write_model(out, qmodel, tokenizer, format_name)
     seconds = time.perf_counter() - start
     if as_json:
         entries = {"source": str(source), "recipe": recipe_text, "out": str(out)}

@@ -14,11 +14,14 @@ from flax import nnx
 
 from jaxq import models
 from jaxq.files import TensorFile, TensorHeader
+from jaxq.io import read_checkpoint
 from jaxq.qtensor import QTensor, dequantize
 from jaxq.serialization import read_contents
 
 _CALLER = "inspect"
 _SUFFIX = "*.safetensors"
+_GGUF = ".gguf"
+_OWN = "jaxq"
 
 
 class Stored(NamedTuple):
@@ -53,12 +56,15 @@ class Stored(NamedTuple):
 def read_stored(path: Path) -> list[Stored]:
     """The tensors of a safetensors file, or of a directory with such files.
 
-    The weights of a model that jaxq quantized are read by parameter.
+    The weights of a quantized model are read by parameter, with their scales.
 
     Raises:
         click.UsageError: the directory has no safetensors file.
         ValueError: a file is damaged.
     """
+    by = quantization_of(path)
+    if path.suffix == _GGUF or (by and by != _OWN):
+        return _of_checkpoint(path)
     files = sorted(path.glob(_SUFFIX)) if path.is_dir() else [path]
     if not files:
         raise click.UsageError(
@@ -95,6 +101,8 @@ def read_reference(path: Path, stored: list[Stored]) -> dict[str, Stored]:
 
 def quantization_of(path: Path) -> str:
     """The library that quantized a directory, as its config.json says; or empty."""
+    if path.suffix == _GGUF:
+        return "GGUF"
     config = path / "config.json"
     if not config.is_file():
         return ""
@@ -125,6 +133,24 @@ def _of_file(path: Path) -> list[Stored]:
     ]
 
 
+def _of_checkpoint(path: Path) -> list[Stored]:
+    """The parameters of a checkpoint that another library has quantized."""
+
+    def reader(name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            with read_checkpoint(path, dequantize=True, caller=_CALLER) as checkpoint:
+                return np.asarray(checkpoint[name], np.float32)
+
+        return read
+
+    with read_checkpoint(path, caller=_CALLER) as checkpoint:
+        return [
+            _of_value(name, checkpoint.eval_shape(name))._replace(read=reader(name))
+            for name in checkpoint
+        ]
+    raise AssertionError  # the block returns or raises
+
+
 def _of_header(path: Path, name: str, header: TensorHeader) -> Stored:
     """A tensor that stays in its file until it is read."""
 
@@ -137,7 +163,7 @@ def _of_header(path: Path, name: str, header: TensorHeader) -> Stored:
 
 
 def _of_value(name: str, value: Any) -> Stored:
-    """An array or a QTensor that is in memory."""
+    """An array or a QTensor, or one of shapes."""
     if _is_qtensor(value):
         return Stored(
             name,
@@ -147,13 +173,13 @@ def _of_value(name: str, value: Any) -> Stored:
             value.nbytes,
             lambda: np.asarray(dequantize(value, dtype=np.float32)),
         )
-    dtype = np.dtype(value.dtype).name
+    dtype = np.dtype(value.dtype)
     return Stored(
         name,
         tuple(value.shape),
-        dtype,
+        dtype.name,
         "",
-        value.nbytes,
+        value.size * dtype.itemsize,
         lambda: np.asarray(value, np.float32),
     )
 

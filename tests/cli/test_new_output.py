@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from jaxq.cli._directory import check_output, new_directory
+from jaxq.cli._new_output import check_output, new_directory
 
 
 def test_a_new_directory_takes_its_place_at_the_end(tmp_path):
@@ -40,6 +40,19 @@ def test_outputs_that_cannot_be_written(tmp_path):
     with pytest.raises(click.UsageError, match="Pass --overwrite"):
         check_output(tmp_path, overwrite=False)
     check_output(tmp_path, overwrite=True)
+
+
+def test_gguf_is_a_file(tmp_path):
+    check_output(tmp_path / "a.gguf", overwrite=False, format="gguf")
+    (tmp_path / "a.gguf").touch()
+    check_output(tmp_path / "a.gguf", overwrite=True, format="gguf")
+    with pytest.raises(click.UsageError, match="the file exists"):
+        check_output(tmp_path / "a.gguf", overwrite=False, format="gguf")
+    with pytest.raises(click.UsageError, match=r"must end in \.gguf"):
+        check_output(tmp_path / "a", overwrite=False, format="gguf")
+    (tmp_path / "b.gguf").mkdir()
+    with pytest.raises(click.UsageError, match="this is a directory"):
+        check_output(tmp_path / "b.gguf", overwrite=True, format="gguf")
 
 
 def raise_after_a_file(folder, error):
