@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,13 +50,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
       >>> jaxq.load(path)["w"]
       QTensor(nf4[64x64], PerGroup(along -2), scale=float32, 4.5 bits, float32)
     """
-    if is_linen_module(tree):
-        raise TypeError(
-            f"save: {type(tree).__name__} is a flax linen module, which holds no "
-            "arrays. Save its variables."
-        )
-    contents = _model_contents(tree) if _is_model(tree) else Contents("tree", tree, {})
-    write_contents(path, contents, caller="save")
+    write_contents(path, contents_of(tree, "save"), caller="save")
 
 
 def load(
@@ -128,7 +121,7 @@ def load(
       >>> loaded.kernel[...]
       QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
-    _check_into(into)
+    check_into(into, "load")
     plan = plan_on_mesh(into, mesh, rules, "load")
     place, devices = None, set() if mesh is None else set(mesh.devices.flat)
     if into is not None and mesh is None:
@@ -150,14 +143,14 @@ def load(
     if into is None:
         return contents.value
     if not is_nnx_module(into):
-        return into_tree(into, contents.value, Path(path))
+        return into_tree(into, contents.value, str(path))
     if contents.kind != "model":
         raise ValueError(
             f"load: {path} holds a tree, not a model. Load it without into=."
         )
     from jaxq.io._into_model import into_model
 
-    return into_model(into, contents.value, Path(path), transforms)
+    return into_model(into, contents.value, f"load: {path}", transforms)
 
 
 def model_as_file(model: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -168,15 +161,25 @@ def model_as_file(model: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return as_file(_model_contents(model), caller="save")
 
 
-def _check_into(into: Any) -> None:
+def check_into(into: Any, caller: str) -> None:
     """Raises TypeError if `into` is a linen module."""
     if is_linen_module(into):
         raise TypeError(
-            f"load: into= is the linen module {type(into).__name__}, which holds no "
-            "arrays. Load the variables without into=, and run them with "
+            f"{caller}: into= is the linen module {type(into).__name__}, which holds "
+            "no arrays. Load the variables without into=, and run them with "
             "jaxq.nn.linen.Quantized(module).apply(variables, x). The float module "
             "does not take quantized weights."
         )
+
+
+def contents_of(tree: Any, caller: str) -> Contents:
+    """What a file of a model or a tree holds."""
+    if is_linen_module(tree):
+        raise TypeError(
+            f"{caller}: {type(tree).__name__} is a flax linen module, which holds no "
+            "arrays. Save its variables."
+        )
+    return _model_contents(tree) if _is_model(tree) else Contents("tree", tree, {})
 
 
 def _is_model(value: Any) -> bool:

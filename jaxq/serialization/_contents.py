@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxq.files import TensorFile, check_folder
 from jaxq.processes import Agreement
-from jaxq.serialization._entries import EntryReader, EntryWriter
+from jaxq.serialization._entries import EntryReader, EntryWriter, TensorSource
 from jaxq.serialization._files import (
     FORMAT_VERSION,
     metadata_of,
@@ -148,12 +148,13 @@ def _header(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
     return {
         "version": FORMAT_VERSION,
         "kind": contents.kind,
-        "structure": _describe(writer, contents),
+        "structure": describe_with(writer, contents),
         **contents.notes,
     }
 
 
-def _describe(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
+def describe_with(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
+    """The JSON entry of a tree, or the entries of named values."""
     if contents.kind == TREE:
         return writer.describe(contents.value, "")
     return {
@@ -208,9 +209,9 @@ def _read_open_file(
     try:
         if plan is not None:
             shapes = EntryReader(file, shapes_only=True)
-            at = plan(_rebuild(shapes, file, kind, structure, None))
+            at = plan(rebuild_with(shapes, file, kind, structure, None))
             reader.padded = shapes.padded
-        value = _rebuild(reader, file, kind, structure, at)
+        value = rebuild_with(reader, file, kind, structure, at)
     except RecursionError as error:
         raise file.damaged("its metadata are nested too deeply") from error
     unused = sorted(set(file.headers) - reader.used)
@@ -226,9 +227,10 @@ def _read_open_file(
     return Contents(kind, value, notes)
 
 
-def _rebuild(
-    reader: EntryReader, file: TensorFile, kind: str, structure: Any, at: Any
+def rebuild_with(
+    reader: EntryReader, file: TensorSource, kind: str, structure: Any, at: Any
 ) -> Any:
+    """The inverse of `describe_with`."""
     if kind == TREE:
         return reader.rebuild(structure, "", at)
     if not isinstance(structure, dict):

@@ -17,15 +17,15 @@ rebuilds the value. The field "is" of an entry says which kind of value it descr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxq.files import RefusedFile, TensorFile
+from jaxq.files import RefusedFile
 from jaxq.processes import put
 from jaxq.qtensor import (
     LEAVES,
@@ -55,13 +55,21 @@ class EntryWriter:
     Args:
       caller: the function that errors name.
       fetch: returns the numbers of an array, or None if another process writes the
-        file. `tensors` then has an empty array.
+        file. `tensors` then has an empty array. With `fetch=None` no numbers are read,
+        arrays may be `jax.ShapeDtypeStruct`s, and codes are described in their layout
+        on the device.
+
+    Attributes:
+      tensors: the arrays by name.
+      shapes: their shapes by name.
     """
 
-    def __init__(self, caller: str, fetch: Callable[[Any], np.ndarray | None]):
+    def __init__(self, caller: str, fetch: Callable[[Any], np.ndarray | None] | None):
         self._caller = caller
-        self._fetch = fetch
+        self._shapes_only = fetch is None
+        self._fetch = fetch or _no_numbers
         self.tensors: dict[str, np.ndarray] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def describe(self, value: Any, path: str) -> dict[str, Any]:
         """The entry of `value`. The names of its tensors start with `path`."""
@@ -73,6 +81,8 @@ class EntryWriter:
             data = self.describe(jax.random.key_data(value), path)
             return {"is": "key", "impl": str(jax.random.key_impl(value)), "data": data}
         if isinstance(value, jax.Array | np.ndarray | np.generic):
+            return self._describe_array(value, path)
+        if self._shapes_only and isinstance(value, jax.ShapeDtypeStruct):
             return self._describe_array(value, path)
         if value is None or isinstance(value, bool | int | float | str):
             return {"is": "value", "value": value}
@@ -124,13 +134,14 @@ class EntryWriter:
         # "__metadata__" is reserved by safetensors.
         while tensor in self.tensors or tensor == "__metadata__":
             tensor += "'"
+        self.shapes[tensor] = tuple(value.shape)
         array = self._fetch(value)
         if array is None:
             array = np.empty(0, dtype)
         stored = array.view(stored_dtype)
         self.tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
         entry = {"is": "array", "tensor": tensor, "dtype": dtype.name}
-        return entry if isinstance(value, jax.Array) else {**entry, "numpy": True}
+        return entry if isinstance(value, _ARRAYS) else {**entry, "numpy": True}
 
     def _describe_dict(self, value: dict, path: str) -> dict[str, Any]:
         for key in value:
@@ -154,7 +165,8 @@ class EntryWriter:
     def _describe_qtensor(self, qt: QTensor, path: str) -> dict[str, Any]:
         check_leaves(qt, self._caller, path)
         # The layout "columns" is for TPU kernels. A file is for every platform.
-        qt = relayout(qt, "rows")
+        if not self._shapes_only:
+            qt = relayout(qt, "rows")
         leaves = {}
         for name in LEAVES:
             leaf = getattr(qt, name)
@@ -164,6 +176,26 @@ class EntryWriter:
         return {"is": "qtensor", "shape": shape, **qt.meta.to_dict(), "leaves": leaves}
 
 
+class TensorSource(Protocol):
+    """Tensors by name: an open `TensorFile`, or arrays in memory.
+
+    `headers` has an object with a `shape` for each tensor.
+    """
+
+    @property
+    def headers(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+    def read_parts(
+        self, name: str, indices: Sequence[Index]
+    ) -> Iterable[tuple[int, np.ndarray]]: ...
+
+    def damaged(self, reason: str) -> RefusedFile: ...
+
+    def refused(self, reason: str) -> RefusedFile: ...
+
+
 class EntryReader:
     """Rebuilds values from JSON entries and the tensors of an open file.
 
@@ -171,16 +203,16 @@ class EntryReader:
     `RefusedFile`, which names the file and the path of the value.
 
     Args:
-      file: the open file.
+      file: the open file, or arrays in memory.
       place: `place(path, value)` returns a value on the devices where it belongs, or
         None.
-      shapes_only: rebuild values with a `jax.ShapeDtypeStruct` in place of each array.
-        No tensor is read.
+      shapes_only: rebuild values with a `jax.ShapeDtypeStruct` in place of each array,
+        with the sharding of `rebuild(at=)`. No tensor is read.
     """
 
     def __init__(
         self,
-        file: TensorFile,
+        file: TensorSource,
         place: Callable[[str, Any], Any] | None = None,
         *,
         shapes_only: bool = False,
@@ -296,7 +328,8 @@ class EntryReader:
                 "jax_enable_x64 to read it"
             )
         if self._shapes_only:
-            return jax.ShapeDtypeStruct(self._file.headers[name].shape, dtype)
+            shape = tuple(self._file.headers[name].shape)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
         # jax would round 64 bits to 32. So such an array stays on the host.
         if at is not None and jax_dtype == dtype:
             return self._read_shards(name, dtype, at)
@@ -371,10 +404,10 @@ class EntryReader:
         try:
             # Earlier versions stored the padding of blocks too.
             if self._shapes_only:
-                stored_shape = qt.data.shape
-                qt = jax.eval_shape(without_padding, qt)
-                if qt.data.shape != stored_shape:
+                whole = jax.eval_shape(without_padding, qt)
+                if whole.data.shape != qt.data.shape:
                     self.padded.add(path)
+                    qt = whole
             else:
                 qt = without_padding(qt)
             damage = damage_of(qt, tuple(shape), values=not self._shapes_only)
@@ -395,6 +428,10 @@ _REBUILDERS = {
     "box": EntryReader._rebuild_box,
     "qtensor": EntryReader._rebuild_qtensor,
 }
+
+
+def _no_numbers(array: Any) -> None:
+    del array
 
 
 def _put_whole(leaf: jax.Array, at: Sharding | None) -> jax.Array:
