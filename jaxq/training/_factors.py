@@ -45,8 +45,10 @@ from jaxq.qtensor import (
 _BFLOAT16_BITS = 8
 _INT32_MAX = 2**31 - 1
 _LARGEST_CODE = 128
-# Four over six: the second candidate maps the largest magnitude of a block to 4.
-_FOUR_OVER_SIX = np.float32(6 / 4)
+# Four over six: what the largest magnitude of a block becomes, and the largest scale of
+# a block with the first target.
+_TARGETS = (6.0, 4.0)
+_LARGEST_SCALE = 256
 
 
 class Factors(NamedTuple):
@@ -90,9 +92,22 @@ def as_factors(
     """
     if spec is None:
         return Factors(x if axis == -1 else jnp.swapaxes(x, -1, -2), None)
-    is_fp4 = spec.fmt.name == "float4_e2m1fn"
-    has_choice = four_over_six and is_fp4 and spec.rounding != "stochastic"
+    has_choice = four_over_six and has_two_targets(spec)
     return quantize_operand(x, spec, axis, key, bound, has_choice)
+
+
+def has_two_targets(spec: QuantSpec | None) -> bool:
+    """True if the largest magnitude of a block can become 6 or 4 ("four over six").
+
+    The codes are float4_e2m1fn, rounded to nearest, with scales in float8_e4m3fn and a
+    scale of the tensor.
+    """
+    if spec is None or not isinstance(spec.scale, QuantSpec):
+        return False
+    names = (spec.fmt.name, spec.scale.fmt.name)
+    is_nvfp4 = names == ("float4_e2m1fn", "float8_e4m3fn")
+    has_tensor_scale = isinstance(spec.scale.granularity, PerTensor)
+    return is_nvfp4 and has_tensor_scale and spec.rounding == "nearest_even"
 
 
 def is_turnable(spec: QuantSpec | None) -> bool:
@@ -127,7 +142,7 @@ def quantize_operand(
         high = jnp.broadcast_to(bound, shape)
         bounds = (-high, high)
     if four_over_six:
-        bounds = _better_bounds(x, spec, geometry)
+        return _four_over_six(x, spec, geometry)
     return _factors_of(quantize_array(x, spec, geometry, key, bounds=bounds))
 
 
@@ -142,31 +157,44 @@ def _geometry(x: jax.Array, spec: QuantSpec, axis: int) -> Geometry:
     )
 
 
-def _better_bounds(
-    x: jax.Array, spec: QuantSpec, geometry: Geometry
-) -> tuple[jax.Array, jax.Array]:
-    """The range of each block with the smaller squared error, of two candidates.
+def _four_over_six(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> Factors:
+    """Maps the largest magnitude of each block to 6 or to 4, by the squared error.
 
-    The first candidate maps the largest magnitude of a block to 6, the second to 4.
+    Near 6, the numbers of E2M1 are 4 and 6. Near 4, they are 3 and 4. So a block whose
+    second largest number is about 5/6 of its largest number is better off with 4.
 
-    Returns:
-      (low, high), float32 `[*batch, *num_blocks]`.
+    References:
+      Cook et al., "Four Over Six: More Accurate NVFP4 Quantization with Adaptive Block
+      Scaling", 2025.
     """
-    view = geometry.pad(geometry.to_view(x.astype(jnp.float32)))
-    blocks = geometry.to_blocks(view)
+    assert isinstance(spec.scale, QuantSpec)
+    scale_format = spec.scale.fmt
+    x = x.astype(jnp.float32)
+    blocks = geometry.to_blocks(geometry.pad(geometry.to_view(x)))
     axes = geometry.block_axes
     largest = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
-    largest = geometry.scale_from_blocks(largest)
+    of_tensor = tuple(range(-2 * len(geometry.block_shape), 0))
+    most = jnp.max(largest, axis=of_tensor, keepdims=True)
+    # The largest scales of a block are then 256 and 384, which E4M3 holds.
+    tensor_scale = most * np.float32(1 / (_TARGETS[0] * _LARGEST_SCALE))
 
-    def squared_error(high: jax.Array) -> jax.Array:
-        qt = quantize_array(x, spec, geometry, None, bounds=(-high, high))
-        error = geometry.pad(geometry.to_view(dequantize(qt, dtype=jnp.float32))) - view
-        total = jnp.sum(geometry.to_blocks(error) ** 2, axis=axes, keepdims=True)
-        return geometry.scale_from_blocks(total)
+    def candidate(target: float) -> tuple[jax.Array, jax.Array]:
+        """The numbers without the scale of the tensor, and their squared errors."""
+        ideal = largest * np.float32(1 / target) / jnp.where(most > 0, tensor_scale, 1)
+        stored = jnp.maximum(scale_format.round(ideal), scale_format.smallest_positive)
+        scale = jnp.where(largest > 0, stored, 0)
+        divisor = jnp.where(largest > 0, stored * tensor_scale, 1)
+        numbers = spec.fmt.round(blocks * (1 / divisor)) * scale
+        error = jnp.sum((numbers * tensor_scale - blocks) ** 2, axes, keepdims=True)
+        return numbers, error
 
-    wider = largest * _FOUR_OVER_SIX
-    high = jnp.where(squared_error(wider) < squared_error(largest), wider, largest)
-    return -high, high
+    (six, error_of_six), (four, error_of_four) = map(candidate, _TARGETS)
+    numbers = jnp.where(error_of_four < error_of_six, four, six)
+    # float4 has no NaN.
+    numbers = jnp.where(jnp.isnan(most), most, numbers).astype(jnp.bfloat16)
+    view = geometry.unpad(geometry.from_blocks(numbers))
+    batch = x.shape[:-2]
+    return Factors(geometry.to_storage(view), tensor_scale.reshape(*batch, 1, 1))
 
 
 def _factors_of(qt: QTensor) -> Factors:

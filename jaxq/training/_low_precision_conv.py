@@ -100,7 +100,8 @@ def convolve_arrays(
     dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
 
     def product(lhs, rhs, key, bounds):
-        return _convolve(call, lhs, rhs, key, bounds).astype(dtype)
+        y: Any = _convolve(call, lhs, rhs, key, bounds)
+        return y.astype(dtype)
 
     names = [None] * lhs.ndim
     names[numbers.out_spec[0]] = explicit_spec(lhs)[numbers.lhs_spec[0]]

@@ -78,10 +78,11 @@ def dot_general(
             f"{CALLER}: key is traced. Make the function outside jit, with a concrete "
             "key."
         )
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    data = np.asarray(jax.random.key_data(key)).ravel().tolist()
-    return LowPrecisionDot(recipe, tuple(data), str(jax.random.key_impl(key)))
+    words: Any = key
+    if not jnp.issubdtype(words.dtype, jax.dtypes.prng_key):
+        words = jax.random.wrap_key_data(words)
+    data = np.asarray(jax.random.key_data(words)).ravel().tolist()
+    return LowPrecisionDot(recipe, tuple(data), str(jax.random.key_impl(words)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,7 @@ def multiply_arrays(
 
     def product(lhs, rhs, key, bounds):
         x, w = left.as_rows(lhs), right.as_rows(rhs)
-        y = low_precision_product(recipe, x, w, key, bounds)
+        y: Any = low_precision_product(recipe, x, w, key, bounds)
         sizes = [lhs.shape[axis] for axis in (*left.batch, *left.free)]
         sizes += [rhs.shape[axis] for axis in right.free]
         return y.reshape(sizes).astype(dtype)

@@ -104,6 +104,7 @@ def low_precision(
     refuse_layers([(layer.path, _problem(*layer[1:])) for layer in changed], CALLER)
     key = jax.random.key(0) if key is None else key
     for index, (_, layer, kind) in enumerate(changed):
+        assert kind.hook is not None  # `_problem` checks it
         shape = getattr(layer, kind.weight).get_value().shape
         stack = shape[: len(shape) - len(kind.roles(layer).shape)]
         product = LowPrecisionProduct(

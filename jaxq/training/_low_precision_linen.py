@@ -95,6 +95,7 @@ class LowPrecisionModule(Quantized):
 
     @linen.nowrap
     def _jaxq_interceptor(self) -> Callable[..., Any]:
+        assert self._jaxq_recipe is not None
         depth = 0 if self.scope is None else len(self.path)
         return functools.partial(
             _use_recipe, self._jaxq_recipe, self._jaxq_layers, depth
@@ -163,17 +164,17 @@ def low_precision(
     if recipe.delayed is None:
         return wrapped, variables
     is_frozen = isinstance(variables, FrozenDict)
-    variables = unfreeze(variables)
-    stats: dict[str, Any] = dict(variables.get(QUANT_STATS, {}))
+    tree: Any = unfreeze(variables) if is_frozen else variables
+    stats: dict[str, Any] = dict(tree.get(QUANT_STATS, {}))
     for layer in changed:
-        value: Any = variables["params"]
+        value: Any = tree["params"]
         for name in layer.key:
             value = value[name]
         shape = linen.meta.unbox(value).shape
         stack = shape[: len(shape) - len(layer.roles.shape)]
         _put(stats, layer.scope, _start(recipe, stack))
-    variables = {**variables, QUANT_STATS: stats}
-    return wrapped, freeze(variables) if is_frozen else variables
+    tree = {**tree, QUANT_STATS: stats}
+    return wrapped, freeze(tree) if is_frozen else tree
 
 
 def _problem(layer: Any) -> str | None:

@@ -20,6 +20,7 @@ from jaxq.qtensor import (
     QuantSpec,
 )
 from jaxq.training._delayed_scaling import DelayedScaling
+from jaxq.training._factors import has_two_targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +90,14 @@ class LowPrecision:
       delayed: the scales of `x` and `w` come from earlier steps. Their specs must be
         `PerTensor()`. Gradients `dy` always use the scale of their own step. None uses
         the scales of the present step everywhere.
-      four_over_six: for operands in float4_e2m1fn that are rounded to nearest, map the
-        largest magnitude of each block to 6 or to 4, whichever has the smaller squared
-        error.
+      four_over_six: map the largest magnitude of each block to 6 or to 4, whichever has
+        the smaller squared error. This is for operands as in "nvfp4" that are rounded
+        to nearest.
 
     Raises:
       TypeError: a product is not a `ProductSpec`.
-      ValueError: `delayed` is given, and a spec of `x` or `w` is not `PerTensor()`.
+      ValueError: `delayed` is given, and a spec of `x` or `w` is not `PerTensor()`; or
+        `four_over_six` is True, and no operand can use it.
 
     Example:
       >>> import dataclasses, jaxq
@@ -125,8 +127,18 @@ class LowPrecision:
                     f"LowPrecision: {name} must be a jaxq.training.ProductSpec, got "
                     f"{product!r}."
                 )
-        if self.delayed is None:
-            return
+        specs = [spec for p in self._products for spec in (p.lhs, p.rhs)]
+        if self.four_over_six and not any(map(has_two_targets, specs)):
+            raise ValueError(
+                "LowPrecision: four_over_six=True is for specs with "
+                "format='float4_e2m1fn', rounded to nearest, whose scale is a "
+                "float8_e4m3fn QuantSpec with PerTensor(). No product has such a spec."
+            )
+        if self.delayed is not None:
+            self._check_delayed()
+
+    def _check_delayed(self) -> None:
+        """Raises a ValueError unless x and w have one scale for a tensor."""
         constant = (
             self.forward.lhs,
             self.forward.rhs,
