@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
-from jaxq import models, nn
+from jaxq import io, models, nn
 from jaxq.cli import _options, _output, _recipe, _statistics_file, _texts
 from jaxq.cli._new_output import check_output, write_model
+from jaxq.recipes import Recipe
 
 _EXAMPLE = """\b
 Example:
   jaxq quantize examples/tiny_llama --recipe int4_gptq \\
       --calibration examples/train_tiny_llama.py --out tiny_llama_int4
 """
+# Formats whose files cannot be written parameter by parameter.
+_NOT_STREAMED = (_options.OWN_FORMAT, "gguf", "hf")
 # The choices of --target-bits, from few bits to many.
 _CHOICES = "int3,int4,mxfp6_e2m3,int8"
 
@@ -62,6 +66,12 @@ _CHOICES = "int3,int4,mxfp6_e2m3,int8"
     help="The presets that --target-bits chooses from.",
 )
 @_options.calibration_options
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Quantize parameter by parameter, for models larger than the memory. An "
+    "interrupted command can be repeated, and goes on.",
+)
 @click.option("--report", is_flag=True, help="Show one row for each parameter.")
 @_options.common
 def quantize(
@@ -77,6 +87,7 @@ def quantize(
     context: int | None,
     samples: int,
     batch_size: int,
+    stream: bool,
     report: bool,
     as_json: bool,
 ) -> None:
@@ -88,6 +99,15 @@ def quantize(
     """
     start = time.perf_counter()
     recipe = _recipe.read_recipe(recipe_text)
+    has_data = bool(calibration) or statistics_path is not None
+    if stream:
+        if has_data or target_bits is not None or overwrite:
+            raise click.UsageError(
+                "--stream reads no data and replaces nothing. Leave out --calibration, "
+                "--statistics, --target-bits and --overwrite."
+            )
+        _stream(source, recipe, out, format_name, as_json)
+        return
     check_output(out, overwrite, format_name)
     _check_data(recipe, recipe_text, calibration, statistics_path, target_bits)
     model, tokenizer = models.load(source)
@@ -120,8 +140,37 @@ def quantize(
     click.echo(f"\nwrote {out} in {seconds:.0f} s")
 
 
+def _stream(
+    source: Path, recipe: Recipe, out: Path, format_name: str, as_json: bool
+) -> None:
+    """Quantizes parameter by parameter, into a directory that can be completed."""
+    if format_name in _NOT_STREAMED:
+        raise click.UsageError(
+            f"--stream cannot write --format {format_name}. Pass a --format other than "
+            f"{', '.join(_NOT_STREAMED)}."
+        )
+    if not out.parent.is_dir():
+        raise click.UsageError(f"--out {out}: there is no directory {out.parent}.")
+    start = time.perf_counter()
+    formats = io.quantize_checkpoint(source, out, recipe, format=format_name)
+    seconds = time.perf_counter() - start
+    if as_json:
+        _output.print_json(
+            {
+                "source": str(source),
+                "out": str(out),
+                "seconds": seconds,
+                "parameters": formats,
+            }
+        )
+        return
+    rows = [(note, number) for note, number in Counter(formats.values()).items()]
+    _output.print_table(["format, or why not", "parameters"], rows)
+    click.echo(f"\nwrote {out} in {seconds:.0f} s")
+
+
 def _check_data(
-    recipe: Any,
+    recipe: Recipe,
     recipe_text: str,
     calibration: tuple[Path, ...],
     statistics_path: Path | None,

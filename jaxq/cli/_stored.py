@@ -111,7 +111,7 @@ def quantization_of(path: Path) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{config} is damaged: {error}.") from error
     quantization = entries.get("quantization_config") if entries else None
-    if not isinstance(quantization, dict):
+    if not isinstance(quantization, dict) or not quantization:
         return ""
     return str(quantization.get("quant_method", "unknown"))
 

@@ -186,7 +186,7 @@ def _transform_inputs(model: Any, paths: Sequence[str], file: Path) -> None:
         "/".join(map(str, path)): layer for path, layer in nnx.iter_modules(model)
     }
     for path in paths:
-        layer = layers.get(path)
+        layer: Any = layers.get(path)
         if not hasattr(layer, "promote_dtype"):
             raise ValueError(
                 f"jaxq.models.load: config.json beside {file} names {path!r:.80} in "

@@ -265,7 +265,9 @@ def merge_stats(
 
     samples = _merge_rows(a.samples, a.sample_ranks, b.samples, b.sample_ranks)
     held_out = _merge_rows(a.held_out, a.held_out_ranks, b.held_out, b.held_out_ranks)
-    observed, patches = None, None
+    observed, patches, hessian = None, None, None
+    if a.hessian is not None and b.hessian is not None:
+        hessian = mean(a.hessian, b.hessian)
     if observer is not None and a.observed is not None:
         merge = observer.merge
         for _ in range(count.ndim):
@@ -279,7 +281,7 @@ def merge_stats(
         absmean=mean(a.absmean, b.absmean),
         low=jnp.minimum(a.low, b.low),
         high=jnp.maximum(a.high, b.high),
-        hessian=None if a.hessian is None else mean(a.hessian, b.hessian),
+        hessian=hessian,
         samples=samples[0],
         sample_ranks=samples[1],
         held_out=held_out[0],

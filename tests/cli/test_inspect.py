@@ -109,4 +109,9 @@ def test_wrong_files(run, model_dir, tmp_path):
     assert result.code == 1
     assert "config.json is damaged" in result.err
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {}}))
-    assert run("inspect", tmp_path, "--json").json["quantized_by"] == "unknown"
+    assert run("inspect", tmp_path, "--json").json["quantized_by"] == ""
+    config = {"quantization_config": {"quant_method": "none_such"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run("inspect", tmp_path)
+    assert result.code == 1
+    assert "none_such" in result.err

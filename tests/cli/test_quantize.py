@@ -78,6 +78,25 @@ def test_a_recipe_of_a_file(run, model_dir, tmp_path):
     assert str(path) in result.err
 
 
+def test_a_stream_is_that_of_quantize_checkpoint(run, model_dir, tmp_path):
+    words = ["quantize", model_dir, "--recipe", "int8", "--stream"]
+    words += ["--format", "compressed-tensors", "--out", tmp_path / "a"]
+    result = run(*words, "--json")
+    assert result.code == 0, result.err
+    expected = jaxq.io.quantize_checkpoint(model_dir, tmp_path / "b", "int8")
+    assert result.json["parameters"] == expected
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        if name.endswith(".safetensors"):
+            data = [(tmp_path / folder / name).read_bytes() for folder in "ab"]
+            assert data[0] == data[1]
+    result = run("quantize", model_dir, "--recipe", "int8", "--stream", "--out", "x")
+    assert result.code == 2
+    assert "--stream cannot write --format jaxq" in result.err
+    assert run(*words, "--target-bits", "4").code == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
