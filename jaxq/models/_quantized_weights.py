@@ -182,12 +182,12 @@ def _check_num_layers(path: Path, config: Any) -> None:
 
 def _transform_inputs(model: Any, paths: Sequence[str], file: Path) -> None:
     """Adds the rotation of their inputs to layers of a model."""
-    layers = {
+    layers: dict[str, Any] = {
         "/".join(map(str, path)): layer for path, layer in nnx.iter_modules(model)
     }
     for path in paths:
-        layer: Any = layers.get(path)
-        if not hasattr(layer, "promote_dtype"):
+        layer = layers.get(path)
+        if layer is None or not hasattr(layer, "promote_dtype"):
             raise ValueError(
                 f"jaxq.models.load: config.json beside {file} names {path!r:.80} in "
                 "rotated_inputs, which is not a linear layer of the model. Save the "
