@@ -110,6 +110,7 @@ def test_wrong_files(run, model_dir, tmp_path):
     assert "config.json is damaged" in result.err
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {}}))
     assert run("inspect", tmp_path, "--json").json["quantized_by"] == ""
+    (tmp_path / "a.safetensors").rename(tmp_path / "model.safetensors")
     config = {"quantization_config": {"quant_method": "none_such"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run("inspect", tmp_path)
