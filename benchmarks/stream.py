@@ -31,7 +31,8 @@ import ml_dtypes
 import numpy as np
 
 SIZE = 4096  # each weight is [SIZE, SIZE], 32 MiB
-SHARD_BYTES = 10**9
+SHARD_BYTES = 10**9  # of the source
+OUT_SHARD_BYTES = 10**8  # so much of the source can be lost by a kill
 GROUP = 128
 KILLS = 20
 DEFAULT_GB = 1.0
@@ -52,7 +53,7 @@ def run(size_gb: float = DEFAULT_GB) -> dict[str, Any]:
                     missing = [_MISSING]
                     continue
                 rows.append(
-                    {"by": name, "gb_per_s": num_bytes / 1e9 / row.pop("s"), **row}
+                    {"by": name, "gb_per_s": num_bytes / 1e9 / row["seconds"], **row}
                 )
         same, kills = _killed(source, Path(folder) / "killed", Path(folder) / "jaxq0")
     return {
@@ -140,7 +141,7 @@ def _measure(name: str, source: Path, out: Path) -> dict[str, float] | None:
 def _jaxq(source: Path, out: Path) -> None:
     import jaxq
 
-    jaxq.io.quantize_checkpoint(source, out, "int4", shard_bytes=SHARD_BYTES)
+    jaxq.io.quantize_checkpoint(source, out, "int4", shard_bytes=OUT_SHARD_BYTES)
 
 
 def _torch(source: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ METADATA = "__metadata__"
 _MOST_HEADER_BYTES = 100_000_000  # as in the safetensors package
 _MOST_AXES = 64  # of a numpy array
 _MOST_BYTES = 1 << 62
+_PLACE = 64  # jax uses an array on the CPU as it is if it starts at a multiple
 # Bits of the dtypes that files can have and numpy does not. They can be listed.
 _OTHER_BITS = {
     "F4": 4,
@@ -179,13 +180,13 @@ class TensorFile:
         """Some bytes of a tensor, after a comparison of their checksums."""
         header, checksums = self.headers[name], self._checksums
         if checksums is None or start == stop:
-            data = np.empty(stop - start, np.uint8)
+            data = _new_bytes(stop - start)
             self._read_into(data, header.start + start)
             return data
         chunks = list(checksums.chunks(start, stop))
         first = chunks[0][1]
         last = min(chunks[-1][2], header.stop - header.start)
-        data = np.empty(last - first, np.uint8)
+        data = _new_bytes(last - first)
         for number, chunk_start, chunk_stop in chunks:
             chunk = data[chunk_start - first : chunk_stop - first]
             self._read_into(chunk, header.start + chunk_start)
@@ -320,6 +321,13 @@ class TensorFile:
 
     def _not_whole(self, reason: str) -> RefusedFile:
         return self.damaged(f"it is not a whole safetensors file: {reason}")
+
+
+def _new_bytes(size: int) -> np.ndarray:
+    """Bytes without values, at a place from which jax need not copy them."""
+    data = np.empty(size + _PLACE, np.uint8)
+    start = -data.ctypes.data % _PLACE
+    return data[start : start + size]
 
 
 def without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,9 @@ def test_logits_are_those_of_the_quantized_model(tmp_path, row):
     model = make(**SIZES)
     write_quantized(tmp_path, model, row)
     spec = layouts.get(CASES[row].layout).spec(CASES[row].config)
-    expected, _ = jaxq.quantize_model(model, spec)
+    # LLM.int8 quantizes the inputs too.
+    recipe = "llm_int8" if row == "llm_int8" else spec
+    expected, _ = jaxq.quantize_model(model, recipe)
     loaded, tokenizer = models.load(tmp_path)
     assert tokenizer is None
     kernel = loaded.layers[0].mlp.up_proj.kernel[...]
@@ -118,10 +120,33 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(tmp_path):
     assert not path.exists()
 
 
-def test_only_compressed_tensors_quantizes_inputs(tmp_path):
+# The formats that quantize inputs, with a recipe for each.
+WITH_INPUTS = {
+    "w8a8": "compressed-tensors",
+    "fp8_dynamic": "compressed-tensors",
+    "llm_int8": "bitsandbytes",
+}
+
+
+@pytest.mark.parametrize("recipe", WITH_INPUTS)
+def test_the_quantization_of_inputs_comes_back(tmp_path, recipe):
+    qmodel, _ = jaxq.quantize_model(make(**SIZES), recipe)
+    jaxq.io.export(qmodel, tmp_path, format=WITH_INPUTS[recipe])
+    loaded, _ = models.load(tmp_path)
+    kernel = loaded.layers[0].mlp.up_proj.kernel[...]
+    original = qmodel.layers[0].mlp.up_proj.kernel[...]
+    assert kernel.meta.activation == original.meta.activation
+    assert kernel.meta.outliers == original.meta.outliers
+    np.testing.assert_allclose(
+        run(loaded, TOKENS), run(qmodel, TOKENS), atol=1e-5, rtol=0
+    )
+    for fmt in {"bitsandbytes", "compressed-tensors"} - {WITH_INPUTS[recipe]}:
+        with pytest.raises(ValueError, match="it quantizes its inputs"):
+            jaxq.io.export(qmodel, tmp_path / "out", format=fmt)
+
+
+def test_compressed_tensors_says_how_inputs_are_quantized(tmp_path):
     qmodel, _ = jaxq.quantize_model(make(**SIZES), "w8a8")
-    with pytest.raises(ValueError, match="it quantizes its inputs"):
-        jaxq.io.export(qmodel, tmp_path, format="bitsandbytes")
     jaxq.io.export(qmodel, tmp_path, format="compressed-tensors")
     config = json.loads((tmp_path / "config.json").read_text())
     (group,) = config["quantization_config"]["config_groups"].values()

@@ -140,8 +140,9 @@ def read_checkpoint(
     Reads GGUF files of the architectures llama, qwen2 and qwen3 too. Their parameters
     get the names of Hugging Face, and the order of rows that these have.
 
-    Headers are read and checked now, and tensors when they are asked for. The
-    quantization of inputs and of caches is not read.
+    Headers are read and checked now, and tensors when they are asked for. Dynamic
+    quantization of inputs to 8 bits is read too. Static ranges of inputs and the
+    quantization of caches are not.
 
     Args:
       path: the directory, or a file whose name ends with ".gguf".

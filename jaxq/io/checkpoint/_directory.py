@@ -169,6 +169,7 @@ def _quantized(
         scheme.layout,
         settings,
         scheme.swaps_axes,
+        scheme.inputs(module),
     )
 
 

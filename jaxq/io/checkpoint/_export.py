@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ from jaxq.io.checkpoint._parts import CheckpointParts, is_table, parts_of
 from jaxq.io.checkpoint._targets import (
     Target,
     WeightSettings,
-    input_settings,
     layout_for,
     target,
 )
+from jaxq.io.layouts import Layout
 from jaxq.qtensor import QTensor, dequantize
 
 _CALLER = "jaxq.io.export"
@@ -144,8 +144,17 @@ def _weights_of(
     return tensors
 
 
+# The arrays and the settings of a layout for a QTensor `[in, out]`.
+Convert = Callable[[Layout, QTensor], tuple[dict[str, Any], dict[str, Any]]]
+
+
+def from_qtensor(layout: Layout, qt: QTensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `Layout.from_qtensor`."""
+    return layout.from_qtensor(qt)
+
+
 def tensors_of(
-    name: str, value: Any, kind: Target | None
+    name: str, value: Any, kind: Target | None, convert: Convert = from_qtensor
 ) -> tuple[dict[str, np.ndarray], WeightSettings | None]:
     """The tensors of a parameter by name, and the settings of a quantized weight.
 
@@ -153,6 +162,7 @@ def tensors_of(
       name: of the parameter.
       value: an array, or a QTensor `[out, in]`.
       kind: the format; None writes floats.
+      convert: computes the arrays of the layout.
 
     Raises:
       ValueError: the format cannot hold the weight.
@@ -168,14 +178,9 @@ def tensors_of(
             "the format only has weights of linear layers, and this is an embedding "
             "table. Leave it in floats"
         )
-    inputs = input_settings(value) if kind.has_inputs else None
-    if value.meta.activation is not None and not kind.has_inputs:
-        raise ValueError(
-            "it quantizes its inputs, and the format cannot say so. Quantize the "
-            "weights only, or use compressed-tensors"
-        )
+    inputs = kind.inputs(value)
     layout = layout_for(value, kind.layouts)
-    arrays, settings = layout.from_qtensor(value.swapaxes(-1, -2))
+    arrays, settings = convert(layout, value.swapaxes(-1, -2))
     module = name.removesuffix(_WEIGHT)
     tensors = {f"{module}.{key}": np.asarray(array) for key, array in arrays.items()}
     return tensors, WeightSettings(settings, inputs)

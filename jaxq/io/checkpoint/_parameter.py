@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxq.io.layouts import Layout
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, QuantSpec
 
 # Arrays with shapes, tables or JSON are small. Others are not read for their shapes.
 _MOST_STATIC_BYTES = 1 << 20
@@ -42,6 +42,18 @@ class StoredTensor(NamedTuple):
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
 
+class Inputs(NamedTuple):
+    """How a module quantizes its inputs, as arguments of `QTensor.with_activation`.
+
+    Attributes:
+      spec: of the inputs, which are quantized in each call.
+      outliers: columns with a number of at least this magnitude stay in floats.
+    """
+
+    spec: QuantSpec
+    outliers: float | None = None
+
+
 class Parameter(NamedTuple):
     """A parameter of a checkpoint.
 
@@ -51,6 +63,7 @@ class Parameter(NamedTuple):
       layout: how the tensors hold the weight; None for one that is not quantized.
       settings: the settings of the layout.
       swaps_axes: True if the parameter has the axes `[out, in]`.
+      inputs: how the inputs are quantized; None if they are not.
     """
 
     name: str
@@ -58,6 +71,7 @@ class Parameter(NamedTuple):
     layout: Layout | None = None
     settings: Mapping[str, Any] = {}
     swaps_axes: bool = True
+    inputs: Inputs | None = None
 
     @property
     def file(self) -> Path:
@@ -106,6 +120,7 @@ class Parameter(NamedTuple):
             json.dumps(self.settings, sort_keys=True, default=repr),
             tuple((name, s.shape, s.dtype) for name, s in shapes.items()),
             tuple((name, array.tobytes()) for name, array in constants.items()),
+            self.inputs,
             dequantize,
         )
         if key not in known:
@@ -127,6 +142,9 @@ class Parameter(NamedTuple):
             raise ValueError(
                 f"{caller}: {', '.join(sorted(files))}: {self.name}: {error}"
             ) from error
+        if self.inputs is not None and not dequantize:
+            spec, outliers = self.inputs
+            value = value.with_activation(spec, outliers=outliers)
         return value.swapaxes(-1, -2) if self.swaps_axes else value
 
     def _check_small(self, tensor: StoredTensor, caller: str) -> None:

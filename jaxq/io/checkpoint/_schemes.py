@@ -8,12 +8,15 @@ modules that stay in floats need not be read.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxq.formats import unknown_name
 from jaxq.io import layouts
+from jaxq.io.checkpoint._parameter import Inputs
 from jaxq.io.checkpoint._patterns import compile_regex
+from jaxq.qtensor import PerTensor, as_activation_spec
 
 Settings = Mapping[str, Any]
 
@@ -30,6 +33,7 @@ class Scheme(NamedTuple):
       weight: what a parameter has after the path of its module.
       ignored: arrays beside a weight that jaxq does not read. They hold static ranges
         of inputs and caches.
+      inputs: how the module with a path quantizes its inputs.
       swaps_axes: True if the float parameter would have the axes `[out, in]`.
     """
 
@@ -40,6 +44,7 @@ class Scheme(NamedTuple):
     weight: str = ".weight"
     ignored: tuple[str, ...] = ()
     swaps_axes: bool = True
+    inputs: Callable[[str], Inputs | None] = lambda module: None
 
 
 def scheme_of(config: Any) -> Scheme:
@@ -61,7 +66,15 @@ def scheme_of(config: Any) -> Scheme:
 
 def _bitsandbytes(config: Settings) -> Scheme:
     if config.get("load_in_8bit"):
-        return _plain("bitsandbytes_int8", "SCB", config)
+        threshold = config.get("llm_int8_threshold", 6.0)
+        if type(threshold) not in (int, float) or not 0 <= threshold < math.inf:
+            raise ValueError(
+                "bitsandbytes: llm_int8_threshold must be a number of at least 0, got "
+                f"{threshold!r:.80}."
+            )
+        inputs = Inputs(as_activation_spec("int8", "bitsandbytes"), float(threshold))
+        scheme = _plain("bitsandbytes_int8", "SCB", config)
+        return scheme._replace(inputs=lambda module: inputs)
     return _plain("bitsandbytes_4bit", "weight.quant_map", config)
 
 
@@ -120,9 +133,34 @@ def _compressed_tensors(config: Settings) -> Scheme:
         fmt = group.get("format") or config.get("format")
         return {"format": fmt, "weights": group.get("weights")}
 
+    def inputs(module: str) -> Inputs | None:
+        return _dynamic_inputs(_group_of(module, list(groups.values())))
+
     return Scheme(
-        layouts.get("compressed_tensors"), "weight_scale", settings, ignored=_RANGES
+        layouts.get("compressed_tensors"),
+        "weight_scale",
+        settings,
+        ignored=_RANGES,
+        inputs=inputs,
     )
+
+
+def _dynamic_inputs(group: Settings) -> Inputs | None:
+    """The dynamic quantization of inputs to 8 bits. None for any other."""
+    entries = group.get("input_activations")
+    if not isinstance(entries, Mapping):
+        return None
+    wanted = {"num_bits": 8, "dynamic": True, "symmetric": True}
+    if any(entries.get(name) != value for name, value in wanted.items()):
+        return None
+    preset = {"int": "int8", "float": "fp8"}.get(str(entries.get("type")))
+    strategy = entries.get("strategy")
+    if preset is None or strategy not in ("token", "tensor"):
+        return None
+    spec = as_activation_spec(preset, "compressed-tensors")
+    if strategy == "tensor":
+        spec = spec.replace(granularity=PerTensor())
+    return Inputs(spec)
 
 
 def _group_of(module: str, groups: list[Settings]) -> Settings:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +28,9 @@ from jaxq.files import (
     remove_leftovers,
 )
 from jaxq.io.checkpoint._checkpoint import Checkpoint, read_checkpoint
+from jaxq.io.checkpoint._compiled import CompiledConversions
 from jaxq.io.checkpoint._export import (
+    Convert,
     combined_config,
     index_text,
     json_text,
@@ -112,12 +115,15 @@ def quantize_checkpoint(
         names = shard_names(len(groups))
         by_name = {step.name: step for step in steps}
         line = _ProgressLine(sum(step.num_bytes for step in steps), progress)
+        convert = CompiledConversions()
         settings: dict[str, WeightSettings] = {}
         for name, group in zip(names, groups, strict=True):
             own_steps = [by_name[parameter] for parameter in group]
             found = job.finished(name)
             if found is None:
-                written = _write_shard(out / name, checkpoint, own_steps, kind, line)
+                written = _write_shard(
+                    out / name, checkpoint, own_steps, kind, convert, line
+                )
                 job.add(name, settings=_as_json(written))
             else:
                 written = _from_json(found["settings"])
@@ -187,6 +193,7 @@ def _write_shard(
     checkpoint: Checkpoint,
     steps: list[Step],
     kind: Target,
+    convert: Convert,
     line: _ProgressLine,
 ) -> dict[str, WeightSettings]:
     """Writes one shard. A killed run leaves a temporary file, which the next removes.
@@ -208,11 +215,12 @@ def _write_shard(
             if step.rule is None:
                 tensors = {step.name: np.asarray(value)}
             else:
-                weight = jnp.asarray(value)
+                weight = jax.device_put(value, may_alias=True)
                 del value
                 qt = quantized_weight(weight, step)
                 del weight
-                tensors, own = tensors_of(step.name, qt, kind)
+                tensors, own = tensors_of(step.name, qt, kind, convert)
+                del qt
                 assert own is not None
                 settings[step.name.removesuffix(".weight")] = own
             writer.call(lambda tensors=tensors: _add_all(stream, tensors))

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxq.formats import IntegerFormat, unknown_name
+from jaxq.formats import unknown_name
 from jaxq.io import layouts
-from jaxq.qtensor import PerChannel, PerTensor, PerToken, QTensor, QuantSpec
+from jaxq.qtensor import PerTensor, QTensor, as_activation_spec
 
 Settings = Mapping[str, Any]
 
@@ -41,12 +41,13 @@ class Target(NamedTuple):
     Attributes:
       layouts: the names of the layouts; each weight has the first one that holds it.
       combine: makes `quantization_config`.
-      has_inputs: whether the config can say that inputs are quantized.
+      inputs: what the config says about the quantization of inputs. It raises a
+        ValueError if it cannot say it.
     """
 
     layouts: tuple[str, ...]
     combine: Combine
-    has_inputs: bool = False
+    inputs: Callable[[QTensor], Settings | None]
 
 
 def target(name: str, caller: str) -> Target:
@@ -69,38 +70,51 @@ def target_names() -> list[str]:
     return list(_TARGETS)
 
 
-def input_settings(qt: QTensor) -> dict[str, Any] | None:
-    """How compressed-tensors describes the quantization of inputs; None if it is none.
+def _no_inputs(qt: QTensor) -> None:
+    """Raises if inputs are quantized: the format cannot say so."""
+    if qt.meta.activation is not None:
+        raise ValueError(
+            "it quantizes its inputs, and the format cannot say so. Quantize the "
+            "weights only, or use compressed-tensors"
+        )
 
-    Raises:
-      ValueError: compressed-tensors has no settings for it.
-    """
+
+def _llm_int8_inputs(qt: QTensor) -> Settings | None:
+    """The threshold of LLM.int8, which quantizes its inputs to int8."""
+    spec = qt.meta.activation
+    if spec is None or qt.spec.fmt.bits == 4:
+        return _no_inputs(qt)
+    if spec != as_activation_spec("int8", "export") or qt.meta.outliers is None:
+        raise ValueError(
+            f"it quantizes its inputs by {spec!r:.200}. bitsandbytes has int8 with "
+            'outlier columns: qt.with_activation("int8", outliers=6.0)'
+        )
+    return {"llm_int8_threshold": qt.meta.outliers}
+
+
+def _compressed_tensors_inputs(qt: QTensor) -> dict[str, Any] | None:
+    """How compressed-tensors describes the quantization of inputs."""
     spec = qt.meta.activation
     if spec is None:
         return None
-    is_plain = (
-        isinstance(spec, QuantSpec)
-        and qt.input_range is None
-        and qt.meta.outliers is None
-        and spec.symmetric
-        and spec.offset is None
-        and isinstance(spec.granularity, PerToken | PerChannel | PerTensor)
+    is_plain = qt.input_range is None and qt.meta.outliers is None
+    for preset, kind in (("int8", "int"), ("fp8", "float")):
+        own = as_activation_spec(preset, "export")
+        for strategy in ("token", "tensor"):
+            if strategy == "tensor":
+                own = own.replace(granularity=PerTensor())
+            if is_plain and spec == own:
+                return {
+                    "num_bits": 8,
+                    "type": kind,
+                    "symmetric": True,
+                    "strategy": strategy,
+                    "dynamic": True,
+                }
+    raise ValueError(
+        f"it quantizes its inputs by {spec!r:.200}. Of compressed-tensors, jaxq writes "
+        "dynamic quantization of inputs by the presets int8 and fp8"
     )
-    kind = "int" if isinstance(spec.fmt, IntegerFormat) else "float"
-    if not is_plain or spec.fmt.bits != 8:
-        raise ValueError(
-            f"it quantizes its inputs by {spec!r:.200}. compressed-tensors only has "
-            "dynamic symmetric quantization of inputs to 8 bits here. Use "
-            "qt.with_activation"
-        )
-    strategy = "tensor" if isinstance(spec.granularity, PerTensor) else "token"
-    return {
-        "num_bits": 8,
-        "type": kind,
-        "symmetric": True,
-        "strategy": strategy,
-        "dynamic": True,
-    }
 
 
 def _same_settings(
@@ -113,7 +127,7 @@ def _same_settings(
     """
     first_module, first = next(iter(modules.items()))
     for module, other in modules.items():
-        if other.layout != first.layout:
+        if other.layout != first.layout or other.inputs != first.inputs:
             raise ValueError(
                 f"{library} has one setting for all weights, but {first_module} has "
                 f"{dict(first.layout)} and {module} has {dict(other.layout)}. Quantize "
@@ -126,6 +140,8 @@ def _bitsandbytes(
     modules: Mapping[str, WeightSettings], floats: list[str]
 ) -> dict[str, Any]:
     config = _same_settings(modules, "bitsandbytes")
+    for settings in modules.values():
+        config |= settings.inputs or {}
     return config | {"llm_int8_skip_modules": floats}
 
 
@@ -201,14 +217,16 @@ def _text(settings: Any) -> str:
 
 
 _TARGETS = {
-    "awq": Target(("awq",), _awq),
-    "bitsandbytes": Target(("bitsandbytes_4bit", "bitsandbytes_int8"), _bitsandbytes),
-    "compressed_tensors": Target(
-        ("compressed_tensors",), _compressed_tensors, has_inputs=True
+    "awq": Target(("awq",), _awq, _no_inputs),
+    "bitsandbytes": Target(
+        ("bitsandbytes_4bit", "bitsandbytes_int8"), _bitsandbytes, _llm_int8_inputs
     ),
-    "fp8": Target(("fp8_block",), _fp8),
-    "gptq": Target(("gptq",), _gptq),
-    "modelopt": Target(("modelopt_nvfp4",), _modelopt),
+    "compressed_tensors": Target(
+        ("compressed_tensors",), _compressed_tensors, _compressed_tensors_inputs
+    ),
+    "fp8": Target(("fp8_block",), _fp8, _no_inputs),
+    "gptq": Target(("gptq",), _gptq, _no_inputs),
+    "modelopt": Target(("modelopt_nvfp4",), _modelopt, _no_inputs),
 }
 
 

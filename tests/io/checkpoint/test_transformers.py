@@ -74,11 +74,11 @@ def test_transformers_runs_what_is_exported(tmp_path, row):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_reads_the_weights_of_llm_int8(tmp_path):
-    """Its logits differ, because bitsandbytes also quantizes the inputs."""
+def test_transformers_reads_llm_int8(tmp_path):
+    """bitsandbytes converts inputs to float16, so logits are close only."""
     package("bitsandbytes")
     transformers = package("transformers")
-    qmodel = quantized_model("llm_int8")
+    qmodel, _ = jaxq.quantize_model(make(**SIZES), "llm_int8")
     jaxq.io.export(qmodel, tmp_path, format="bitsandbytes")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     weight = peer.model.layers[1].self_attn.k_proj.weight
@@ -86,6 +86,8 @@ def test_transformers_reads_the_weights_of_llm_int8(tmp_path):
     np.testing.assert_array_equal(weight.data.numpy(), kernel.T.codes())
     expected = np.asarray(kernel.scale)[:, 0] * np.float32(127)
     np.testing.assert_array_equal(weight.SCB.numpy(), expected)
+    logits, own = peer_logits(tmp_path), np.asarray(run(qmodel, TOKENS))
+    assert np.abs(logits - own).mean() < 0.02 * logits.std()
 
 
 @pytest.mark.filterwarnings("ignore")
