@@ -124,9 +124,11 @@ def test_ctrl_c_leaves_no_directory(model_dir, text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ready"]
 
 
-# The command line with a save that tells when half of its files are written.
+# The command line with a save that tells when half of its files are written. A shell
+# starts background jobs without SIGINT, and then Python does not handle it.
 _WITH_SLOW_SAVE = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from jaxq import models
 from jaxq.cli import main
 save = models.save
