@@ -4,34 +4,42 @@
     logits = model(tokens)                    # int32[b, t] -> float32[b, t, vocab]
     longer = jaxq.models.generate(model, tokens, 32)
 
-The networks are plain flax nnx, with no quantization inside. The Llama family covers
-Llama 1 to 3, Mistral, Qwen2 and other models of the same architecture. Some functions
-here change a model without changing what it computes: they move scales between layers,
-make outliers in that way, rotate the model, or stack its layers.
+The networks are plain flax nnx, with no quantization inside. One `Decoder` covers the
+families that `model_types()` lists. Some functions here change a model without changing
+what it computes: they move scales between layers, make outliers in that way, rotate the
+model, or stack its layers.
 """
 
-from jaxq.models import llama
+from jaxq.models import decoder
 from jaxq.models._checkpoint import load, save
 from jaxq.models._generate import generate
+from jaxq.models._hf_config import model_types
 from jaxq.models._outliers import with_outliers
 from jaxq.models._rotate import rotate, rotate_by
 from jaxq.models._scale_groups import NormGroup, fold_scales, norm_groups, smooth
 from jaxq.models._stacking import stacked, unrolled
-from jaxq.models.llama import Llama, LlamaConfig
+from jaxq.models.decoder import Decoder, DecoderConfig
 from jaxq.nn import register_folding, register_rotation
 from jaxq.ops import KVCache
 
-llama.set_quantized_cache(KVCache.empty)
-register_folding(Llama, norm_groups, fold_scales)
-register_rotation(Llama, rotate_by)
+decoder.set_quantized_cache(KVCache.empty)
+register_folding(Decoder, norm_groups, fold_scales)
+register_rotation(Decoder, rotate_by)
+
+# The earlier names, from when Llama was the only family.
+Llama = Decoder
+LlamaConfig = DecoderConfig
 
 __all__ = [
+    "Decoder",
+    "DecoderConfig",
     "Llama",
     "LlamaConfig",
     "NormGroup",
     "fold_scales",
     "generate",
     "load",
+    "model_types",
     "norm_groups",
     "rotate",
     "save",

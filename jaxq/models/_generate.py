@@ -25,14 +25,14 @@ def generate(
     `cache`. There is no stop token: cut the result where yours appears.
 
     Args:
-        model: a `Llama`, or any nnx module with the same `init_cache` and `decode`.
+        model: a `Decoder`, or any nnx module with the same `init_cache` and `decode`.
         tokens: int32[b, t] with t >= 1. All rows have t real tokens.
         num_tokens: how many tokens to add, at least 1.
         key: PRNG key. Needed if `temperature > 0`.
         temperature: logits are divided by it before sampling. 0 takes the most probable
             token.
         cache: how keys and values of earlier tokens are stored, as in
-            `Llama.init_cache`. None stores them in the compute dtype. A preset name
+            `Decoder.init_cache`. None stores them in the compute dtype. A preset name
             such as "int4", a `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantizes
             them. The given tokens read each other in full precision; later tokens read
             them quantized.
@@ -46,11 +46,11 @@ def generate(
             the name `cache`.
 
     Example:
-        >>> from jaxq.models import Llama, LlamaConfig
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-        ...                      num_hidden_layers=1, num_attention_heads=2,
-        ...                      num_key_value_heads=1, head_dim=16)
-        >>> model, tokens = Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]])
+        >>> from jaxq.models import Decoder, DecoderConfig
+        >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                        num_hidden_layers=1, num_attention_heads=2,
+        ...                        num_key_value_heads=1, head_dim=16)
+        >>> model, tokens = Decoder(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]])
         >>> generate(model, tokens, 4).shape
         (1, 7)
         >>> generate(model, tokens, 4, cache="int4").shape

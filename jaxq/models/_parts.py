@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,36 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxq.files import TensorFile
+from jaxq.models._tensor_map import Parts
 from jaxq.sharding import Rules, array_from_parts, shardings_of
-
-
-class Source(NamedTuple):
-    """A tensor of a file that holds a parameter, or one layer of it.
-
-    Attributes:
-      file: the open file.
-      name: of the tensor.
-      is_transposed: the file has [out, in], and the model has [in, out].
-    """
-
-    file: TensorFile
-    name: str
-    is_transposed: bool
-
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of the parameter."""
-        if not self.is_transposed:
-            return self.file.read_part(self.name, index)
-        return self.file.read_part(self.name, index[::-1]).T
-
-
-# The tensor of each layer of a parameter. The key is None if layers are not stacked.
-Sources = dict[int | None, Source]
 
 
 def read_on_mesh(
     shapes: nnx.State,
-    sources: Mapping[tuple, Sources],
+    tensors: Mapping[tuple, Parts],
+    files: Mapping[str, TensorFile],
     mesh: Mesh,
     rules: Rules,
 ) -> dict[tuple, jax.Array]:
@@ -49,7 +26,8 @@ def read_on_mesh(
 
     Args:
       shapes: the state of the model, with shapes.
-      sources: where each parameter is, by path.
+      tensors: where each parameter is, by path.
+      files: the open file of each tensor.
       mesh: of devices.
       rules: as in `jaxq.sharding.place`.
     """
@@ -57,26 +35,37 @@ def read_on_mesh(
     shardings = dict(nnx.to_flat_state(state))
     flat = dict(nnx.to_flat_state(shapes))
     values = {}
-    for path, layers in sources.items():
+    for path, parts in tensors.items():
         shape, dtype = flat[path].shape, flat[path].dtype
-        read = functools.partial(_read_part, layers, dtype)
+        read = functools.partial(read_part, parts, files, dtype)
         at = shardings[path].get_value()
         values[path] = array_from_parts(shape, dtype, at, read)
     return values
 
 
-def _read_part(
-    layers: Sources, dtype: np.dtype, index: tuple[slice, ...]
+def read_part(
+    parts: Parts,
+    files: Mapping[str, TensorFile],
+    dtype: np.dtype,
+    index: tuple[slice, ...] | None,
 ) -> np.ndarray:
-    """A part of a parameter, of layers that are stacked or not."""
-    if None in layers:
-        return layers[None].read(index).astype(dtype)
-    part = None
-    numbers = range(len(layers))[index[0]]
+    """A part of a parameter, of layers that are stacked or not.
+
+    Args:
+      parts: the tensors of the parameter.
+      files: the open file of each tensor.
+      dtype: of the result.
+      index: a slice with step 1 for each axis of the parameter. None means all.
+    """
+    if () in parts:
+        return parts[()].read(files, index).astype(dtype)
+    stack = None
+    numbers = range(len(parts)) if index is None else range(len(parts))[index[0]]
+    within = None if index is None else index[1:]
     for place, number in enumerate(numbers):
-        layer = layers[number].read(index[1:])
-        if part is None:
-            part = np.empty((len(numbers), *layer.shape), dtype)
-        part[place] = layer.astype(dtype)
-    assert part is not None
-    return part
+        layer = parts[number,].read(files, within)
+        if stack is None:
+            stack = np.empty((len(numbers), *layer.shape), dtype)
+        stack[place] = layer.astype(dtype)
+    assert stack is not None
+    return stack

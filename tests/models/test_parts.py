@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxq import files, sharding
 from jaxq.models import load, save
-from tests.models.test_llama import make
+from tests.models.test_decoder import make
 
 RULES = {
     "**/*_proj/kernel": P("d", "t"),

@@ -15,7 +15,7 @@ from jaxq.methods._rotation import hadamard, random_hadamard
 from jaxq.models import fold_scales, norm_groups, smooth, with_outliers
 from jaxq.models._rotate import rotate
 from tests import tables
-from tests.models.test_llama import VARIANTS, make, tokens
+from tests.models.test_decoder import VARIANTS, make, tokens
 from tests.models.test_scale_groups import record, run, state
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

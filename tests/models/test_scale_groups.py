@@ -11,7 +11,7 @@ import jaxq
 from jaxq.methods import smoothquant
 from jaxq.models import fold_scales, norm_groups, smooth, with_outliers
 from tests import tables
-from tests.models.test_llama import VARIANTS, make, tokens
+from tests.models.test_decoder import VARIANTS, make, tokens
 
 run = nnx.jit(lambda model, tokens: model(tokens))
 over_variants = pytest.mark.parametrize(
