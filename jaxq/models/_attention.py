@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from flax import nnx
 
 from jaxq.models._config import DecoderConfig, LayerSwitches
 from jaxq.models._layers import linear, norm
-from jaxq.models._rope import Rotation, rotate_heads, rotation_at
+from jaxq.models._rope import RopeScaling, Rotation, rotate_heads, rotation_at
 
 
 class TokenPlace(NamedTuple):
@@ -75,11 +76,14 @@ def token_place(
     """
     rotation = local = None
     if not config.learned_positions:
+        lengths = positions[:, -1] + 1
+        if count is not None:  # the last tokens are not real
+            lengths = positions[:, 0] + count
+        rotate_at = functools.partial(rotation_at, positions, lengths)
         theta, h = config.rope_theta, config.head_dim
-        rotation = local = rotation_at(positions, theta, h, config.rope_scaling)
+        rotation = local = rotate_at(theta, h, config.rope_scaling)
         if config.local_rope_theta is not None:
-            scaling = type(config.rope_scaling)()
-            local = rotation_at(positions, config.local_rope_theta, h, scaling)
+            local = rotate_at(config.local_rope_theta, h, RopeScaling())
     mask = window_mask = None
     if start.ndim == 0:
         queries = start + jnp.arange(positions.shape[1], dtype=jnp.int32)
@@ -87,7 +91,7 @@ def token_place(
         distance = (queries[:, None] - keys[None])[None]  # [1, t, s]
         mask = distance >= 0
         if padding is not None:
-            mask = mask & (keys >= padding[:, None])[:, None]  # [b, t, s]
+            mask = mask & (keys[None] >= padding[:, None])[:, None]  # [b, t, s]
         window_mask = mask
         if config.sliding_window is not None:
             window_mask = mask & (distance < config.sliding_window)

@@ -105,21 +105,23 @@ class Rotation(NamedTuple):
 
 
 def rotation_at(
-    positions: jax.Array, theta: float, head_dim: int, scaling: RopeScaling
+    positions: jax.Array,
+    lengths: jax.Array,
+    theta: float,
+    head_dim: int,
+    scaling: RopeScaling,
 ) -> Rotation:
     """The rotation of tokens at some positions.
 
     Args:
-        positions: int32 [1 or b, t], ascending in each row.
+        positions: int32 [1 or b, t].
+        lengths: int32 [1 or b], of the whole texts, for the kind "dynamic".
         theta: base of the wavelengths.
         head_dim: width h of a head.
         scaling: how frequencies are stretched.
     """
     if scaling.kind == "dynamic":
-        # The last token is the longest text of this call.
-        frequencies = _dynamic_frequencies(
-            positions[:, -1] + 1, theta, head_dim, scaling
-        )  # [1 or b, h/2]
+        frequencies = _dynamic_frequencies(lengths, theta, head_dim, scaling)
     else:
         frequencies = jnp.asarray(rope_frequencies(theta, head_dim, scaling))[None]
     angles = positions.astype(jnp.float32)[..., None] * frequencies[:, None]

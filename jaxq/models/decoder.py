@@ -200,12 +200,10 @@ class Decoder(nnx.Module):
                 no more tokens than the window.
 
         Raises:
-            ValueError: no preset has this name; a size is below 1; `length` is above
-                the number of learned positions; or a quantized cache cannot do what the
-                config asks for: soft caps, or layers with and without a window in one
-                stack.
+            ValueError: no preset has this name; a size is below 1; or a quantized cache
+                cannot do what the config asks for: soft caps, or layers with and
+                without a window in one stack.
         """
-        self._check_length(length, "Decoder.init_cache")
         if cache is None:
             return self._float_cache(batch, length)
         return self._quantized_cache(batch, length, cache)
@@ -219,7 +217,8 @@ class Decoder(nnx.Module):
         each other in full precision.
 
         Args:
-            tokens: int32[b, t], the next t tokens.
+            tokens: int32[b, t], the next t tokens. Tokens beyond learned positions give
+                NaN.
             cache: from `init_cache` or an earlier `decode`. `used + t` must not exceed
                 its length. This cannot be checked here, because `used` is traced.
             count: int32[b], for a quantized cache: how many of the t tokens are real in
@@ -303,13 +302,13 @@ class Decoder(nnx.Module):
                 "jaxq.models.unrolled(model), or cache=None."
             )
 
-    def _check_length(self, length: int, caller: str) -> None:
+    def _check_length(self, length: int) -> None:
         """Raises a ValueError for a text that is longer than the learned positions."""
         longest = self.config.max_position_embeddings
         if self.config.learned_positions and length > longest:
             raise ValueError(
-                f"{caller}: {length} tokens are more than the model's {longest} "
-                "learned positions (max_position_embeddings). Use a shorter text."
+                f"Decoder: {length} tokens are more than the model's {longest} learned "
+                "positions (max_position_embeddings). Use a shorter text."
             )
 
     def _forward(
@@ -325,7 +324,8 @@ class Decoder(nnx.Module):
                 "int32[b, t]. Add a batch axis with tokens[None]."
             )
         t = tokens.shape[1]
-        self._check_length(t, "Decoder")
+        if cache is None:  # a cache may have padding, which has no position
+            self._check_length(t)
         positions, start = self._positions(t, cache)
         num_keys = t
         if cache is not None and start.ndim == 0:
