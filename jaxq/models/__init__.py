@@ -11,7 +11,10 @@ model, or stack its layers.
 """
 
 from jaxq.models import decoder
+from jaxq.models._chat import ChatTemplate, load_chat_template
 from jaxq.models._checkpoint import load, save
+from jaxq.models._config import ExpertsConfig
+from jaxq.models._expert_kind import EXPERT_LINEAR
 from jaxq.models._generate import generate
 from jaxq.models._hf_config import model_types
 from jaxq.models._outliers import with_outliers
@@ -19,10 +22,12 @@ from jaxq.models._rotate import rotate, rotate_by
 from jaxq.models._scale_groups import NormGroup, fold_scales, norm_groups, smooth
 from jaxq.models._stacking import stacked, unrolled
 from jaxq.models.decoder import Decoder, DecoderConfig
-from jaxq.nn import register_folding, register_rotation
+from jaxq.models.encoder import Encoder, EncoderConfig
+from jaxq.nn import register_folding, register_layer, register_rotation
 from jaxq.ops import KVCache
 
 decoder.set_quantized_cache(KVCache.empty)
+register_layer(EXPERT_LINEAR)
 register_folding(Decoder, norm_groups, fold_scales)
 register_rotation(Decoder, rotate_by)
 
@@ -31,14 +36,19 @@ Llama = Decoder
 LlamaConfig = DecoderConfig
 
 __all__ = [
+    "ChatTemplate",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "ExpertsConfig",
     "Llama",
     "LlamaConfig",
     "NormGroup",
     "fold_scales",
     "generate",
     "load",
+    "load_chat_template",
     "model_types",
     "norm_groups",
     "rotate",

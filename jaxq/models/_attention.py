@@ -6,6 +6,7 @@ References:
     (soft caps, alternating windows).
     Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters, 2023 (norms
     of queries and keys).
+    Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2024.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxq.models._config import DecoderConfig, LayerSwitches
-from jaxq.models._layers import linear, norm
+from jaxq.models._layers import linear, norm, output_std
 from jaxq.models._rope import RopeScaling, Rotation, rotate_heads, rotation_at
 
 
@@ -118,6 +119,8 @@ class Attention(nnx.Module):
             sizes = (h, h) if config.query_key_norm == "head" else (n * h, m * h)
             self.q_norm = norm(config, sizes[0], param_dtype=param_dtype, rngs=rngs)
             self.k_norm = norm(config, sizes[1], param_dtype=param_dtype, rngs=rngs)
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros((n,), param_dtype))
         self.config = config
         self.dtype = jnp.dtype(dtype)
 
@@ -185,17 +188,18 @@ class Attention(nnx.Module):
         assert place.mask is not None
         lowest = jnp.finfo(jnp.float32).min
         scores = jnp.where(place.mask[:, None, None], scores, lowest)
-        return jax.nn.softmax(scores, axis=-1)
+        if not config.attention_sinks:
+            return jax.nn.softmax(scores, axis=-1)
+        b, m, g, t, _ = scores.shape
+        sinks = self.sinks[...].astype(jnp.float32).reshape(1, m, g, 1, 1)
+        column = jnp.broadcast_to(sinks, (b, m, g, t, 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)
+        return weights[..., :-1]  # the sink has no value
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """`cap tanh(x / cap)`, or x if there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def output_std(config: DecoderConfig) -> float:
-    """Keeps the initial variance of the stream independent of depth (GPT-2)."""
-    return 0.02 / math.sqrt(2 * config.num_hidden_layers)
 
 
 def _choose(condition: Any, if_true: Any, if_false: Any) -> Any:

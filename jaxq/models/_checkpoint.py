@@ -35,6 +35,7 @@ from jaxq.models._naming import Naming, naming_of
 from jaxq.models._parts import read_on_mesh, read_part
 from jaxq.models._tensor_map import Parts, shapes_of, tensor_map
 from jaxq.models.decoder import Decoder, DecoderConfig
+from jaxq.models.encoder import Encoder, EncoderConfig
 from jaxq.nn.layers import input_transforms
 from jaxq.sharding import Rules, check_mesh
 
@@ -53,6 +54,11 @@ _ROWS = 1024
 # An error names so many tensors of each kind.
 _MOST_LINES = 20
 _HEAD = "lm_head.weight"
+_POOLINGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_cls_token": "cls",
+}
 _EMBEDDING_PATH = ("embed_tokens", "embedding")
 
 
@@ -64,10 +70,11 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules = None,
     verify: bool = True,
-) -> tuple[Decoder, Any]:
+) -> tuple[Any, Any]:
     """Reads a Hugging Face directory of a model with float weights.
 
-    `jaxq.models.model_types()` lists the families of models.
+    `jaxq.models.model_types()` lists the families of decoders. A directory with the
+    `model_type` "bert" gives an `Encoder`.
 
     Reads `config.json`, `tokenizer.json` and `model.safetensors`. If there is a
     `model.safetensors.index.json`, it names the weight files instead. Tensors are read
@@ -89,8 +96,8 @@ def load(
             have none.
 
     Returns:
-        The model and a `tokenizers.Tokenizer`. The tokenizer is None if the directory
-        has no `tokenizer.json`.
+        The model, a `Decoder` or an `Encoder`, and a `tokenizers.Tokenizer`. The
+        tokenizer is None if the directory has no `tokenizer.json`.
 
     Raises:
         FileNotFoundError: the directory has no `config.json`, or a weight file is
@@ -127,6 +134,7 @@ def load(
         raise TypeError("jaxq.models.load: rules= needs mesh=, the mesh of devices.")
     config_text = _read_text(_require_file(path, _CONFIG))
     model_type, config = _parse_config(path / _CONFIG, config_text, scan_layers)
+    make_model: Any = Encoder if isinstance(config, EncoderConfig) else Decoder
     # The tokenizer comes before the weights, because it fails sooner.
     tokenizer = _load_tokenizer(path / "tokenizer.json")
     with contextlib.ExitStack() as stack:
@@ -139,11 +147,11 @@ def load(
         naming = _naming_in(files, naming_of(model_type))
         tensors = _checked_tensors(path, config, naming, files)
         model = nnx.eval_shape(
-            lambda: Decoder(
+            lambda: make_model(
                 config, dtype=stored_dtype, param_dtype=stored_dtype, rngs=nnx.Rngs(0)
             )
         )
-        if _HEAD in files and config.tie_word_embeddings:
+        if _HEAD in files and _has_tied_head(config):
             _check_stored_head(path, tensors[_EMBEDDING_PATH][()].name, files)
         if mesh is None:
             model = _filled_model(model, tensors, files)
@@ -224,8 +232,8 @@ def save(
 
 
 def _filled_model(
-    model: Decoder, tensors: Mapping[tuple, Parts], files: Mapping[str, TensorFile]
-) -> Decoder:
+    model: Any, tensors: Mapping[tuple, Parts], files: Mapping[str, TensorFile]
+) -> Any:
     """A model of shapes with the tensors of open files, read one by one."""
     graphdef, params = nnx.split(model)
     flat = dict(nnx.to_flat_state(params))
@@ -236,12 +244,12 @@ def _filled_model(
 
 
 def _model_on_mesh(
-    model: Decoder,
+    model: Any,
     tensors: Mapping[tuple, Parts],
     files: Mapping[str, TensorFile],
     mesh: Mesh,
     rules: Rules,
-) -> Decoder:
+) -> Any:
     """A model of shapes with the tensors of open files, on a mesh of devices."""
     graphdef, params = nnx.split(model)
     flat = dict(nnx.to_flat_state(params))
@@ -285,14 +293,60 @@ def _file_tensors(
 
 def _parse_config(
     file: Path, text: str, scan_layers: bool
-) -> tuple[str, DecoderConfig]:
+) -> tuple[str, DecoderConfig | EncoderConfig]:
     """The family and the config of a directory, with errors that name the file."""
     try:
         entries = _parse_json(file, text)
+        if isinstance(entries, dict) and entries.get("model_type") == "bert":
+            return "bert", _encoder_config(file.parent, entries, scan_layers)
         config = DecoderConfig.from_hf(entries, scan_layers=scan_layers)
         return entries["model_type"], config
     except ValueError as error:
         raise ValueError(f"jaxq.models.load: {file}: {error}") from error
+
+
+def _encoder_config(
+    path: Path, entries: Mapping[str, Any], scan_layers: bool
+) -> EncoderConfig:
+    """The config of an encoder, with the pooling of a sentence-transformers directory.
+
+    `modules.json` names the steps from tokens to the vector of a text.
+    """
+    if scan_layers:
+        raise ValueError("scan_layers=True is for decoders. Leave it out.")
+    modules = _read_optional_json(path / "modules.json") or []
+    options: dict[str, Any] = {}
+    for module in modules:
+        kind = str(module.get("type")).rpartition(".")[2]
+        if kind == "Normalize":
+            options["normalizes"] = True
+        elif kind == "Pooling":
+            file = path / str(module.get("path")) / _CONFIG
+            options["pooling"] = _pooling(file)
+        elif kind != "Transformer":
+            raise ValueError(
+                f"modules.json has the step {module.get('type')!r}; expected "
+                "Transformer, Pooling and Normalize"
+            )
+    return EncoderConfig.from_hf(entries, **options)
+
+
+def _pooling(file: Path) -> str:
+    """The pooling that a file of sentence-transformers describes."""
+    entries = _read_optional_json(file) or {}
+    modes = [key for key, value in entries.items() if value is True]
+    modes = [key for key in modes if key.startswith("pooling_mode_")]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise ValueError(
+            f"{file} has {', '.join(modes) or 'no pooling mode'}; expected one of "
+            f"{', '.join(_POOLINGS)}"
+        )
+    return _POOLINGS[modes[0]]
+
+
+def _read_optional_json(path: Path) -> Any:
+    """The content of a JSON file, or None if there is no file."""
+    return _parse_json(path, _read_text(path)) if is_file(path, _LOAD) else None
 
 
 def _require_file(path: Path, name: str) -> Path:
@@ -440,9 +494,13 @@ def _naming_in(files: Mapping[str, TensorFile], naming: Naming) -> Naming:
     return naming
 
 
+def _has_tied_head(config: DecoderConfig | EncoderConfig) -> bool:
+    return isinstance(config, DecoderConfig) and config.tie_word_embeddings
+
+
 def _checked_tensors(
     path: Path,
-    config: DecoderConfig,
+    config: DecoderConfig | EncoderConfig,
     naming: Naming,
     files: Mapping[str, TensorFile],
 ) -> dict[tuple, Parts]:
@@ -466,7 +524,7 @@ def _checked_tensors(
         )
     tensors = tensor_map(config, naming)
     redundant = naming.redundant
-    if config.tie_word_embeddings:  # such files may store the head as well
+    if _has_tied_head(config):  # such files may store the head as well
         redundant = (*redundant, _HEAD)
     problems = _mismatches(shapes_of(tensors), headers, redundant)
     if problems:

@@ -17,12 +17,66 @@ class LayerSwitches(NamedTuple):
     """What differs between the layers of a model.
 
     Attributes:
-        windowed: the layer has the sliding window.
-        rotary: the layer has rotary positions.
+        windowed: the layer has the sliding window. A Python boolean, or a traced one in
+            a scan.
+        rotary: the layer has rotary positions. Likewise.
     """
 
-    windowed: bool
-    rotary: bool
+    windowed: Any
+    rotary: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Sizes and switches of the mixtures of experts of a `Decoder`.
+
+    Args:
+        num_experts: number of experts of a layer.
+        num_experts_per_token: how many of them each token uses.
+        intermediate_size: width of an expert.
+        normalizes_weights: the weights of a token's experts are divided by their sum.
+        shared_intermediate_size: width of an expert that all tokens use, behind a gate.
+            None means that there is none.
+        bias: whether the router and the experts have biases.
+        clamp: experts compute `(up + 1) gate sigmoid(slope gate)`, with numbers clipped
+            to this limit. None means `act(gate) up`.
+        gate_slope: the slope of that sigmoid.
+        layers: for each layer, whether it has experts. None means that all have. The
+            other layers have an MLP.
+
+    Raises:
+        ValueError: a size is below 1, or a token uses more experts than there are.
+
+    Example:
+        >>> from jaxq.models import ExpertsConfig
+        >>> experts = ExpertsConfig(num_experts=8, num_experts_per_token=2,
+        ...                         intermediate_size=64)
+        >>> experts.normalizes_weights
+        True
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    normalizes_weights: bool = True
+    shared_intermediate_size: int | None = None
+    bias: bool = False
+    clamp: float | None = None
+    gate_slope: float = 1.702
+    layers: tuple[bool, ...] | None = None
+
+    def __post_init__(self):
+        for name in ("num_experts", "num_experts_per_token", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"ExpertsConfig: {name} is {getattr(self, name)}; it must be at "
+                    "least 1."
+                )
+        if self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"ExpertsConfig: a token uses {self.num_experts_per_token} experts, "
+                f"and there are {self.num_experts}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +124,10 @@ class DecoderConfig:
         attention_softcap: scores x become `c tanh(x / c)` for this c. None means no
             cap.
         logits_softcap: the same for the logits.
+        attention_sinks: each query head has a trained score that takes a part of the
+            softmax and has no value.
+        experts: an `ExpertsConfig` for a mixture of experts. None means an MLP in every
+            layer.
         embedding_multiplier: input embeddings are multiplied by it.
         residual_multiplier: what attention and the MLP add to the stream is multiplied
             by it.
@@ -122,6 +180,8 @@ class DecoderConfig:
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logits_softcap: float | None = None
+    attention_sinks: bool = False
+    experts: ExpertsConfig | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
@@ -135,13 +195,24 @@ class DecoderConfig:
                     f"DecoderConfig: {name} is {getattr(self, name)!r}; expected one "
                     f"of {', '.join(map(repr, names))}."
                 )
-        for name in ("window_layers", "rope_layers"):
-            layers = getattr(self, name)
+        expert_layers = None if self.experts is None else self.experts.layers
+        per_layer = {
+            "window_layers": self.window_layers,
+            "rope_layers": self.rope_layers,
+            "experts.layers": expert_layers,
+        }
+        for name, layers in per_layer.items():
             if layers is not None and len(layers) != self.num_hidden_layers:
                 raise ValueError(
                     f"DecoderConfig: {name} has {len(layers)} entries; "
                     f"num_hidden_layers is {self.num_hidden_layers}."
                 )
+        if self.scan_layers and len(set(self.expert_layers())) > 1:
+            raise ValueError(
+                "DecoderConfig: scan_layers needs layers of one kind, and "
+                "experts.layers has layers with experts and without. Use "
+                "scan_layers=False."
+            )
         if self.window_layers is not None and self.sliding_window is None:
             raise ValueError(
                 "DecoderConfig: window_layers needs sliding_window, the number of "
@@ -175,7 +246,11 @@ class DecoderConfig:
             ... }).head_dim
             16
         """
-        return cls(**read_entries(config), scan_layers=scan_layers)
+        fields = read_entries(config)
+        experts = fields.pop("experts", None)
+        if experts is not None:
+            experts = ExpertsConfig(**experts)
+        return cls(**fields, experts=experts, scan_layers=scan_layers)
 
     def to_hf(self) -> dict[str, Any]:
         """The dict of a `config.json` that `transformers` reads as the same model.
@@ -220,6 +295,13 @@ class DecoderConfig:
             LayerSwitches(bool(w), bool(r))
             for w, r in zip(windowed, rotary, strict=True)
         )
+
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Which layers have experts, for each layer."""
+        experts = self.experts
+        if experts is not None and experts.layers is not None:
+            return experts.layers
+        return (experts is not None,) * self.num_hidden_layers
 
     def _check_sizes(self) -> None:
         for name in (

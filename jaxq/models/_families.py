@@ -167,8 +167,98 @@ def _write_gpt2(config: Any) -> dict[str, Any]:
     }
 
 
+def _read_mixtral(config: Entries, problems: list[str]) -> dict[str, Any]:
+    experts = {
+        "num_experts": config["num_experts"],
+        "num_experts_per_token": config["num_experts_per_tok"],
+        "intermediate_size": config.get("intermediate_size"),
+    }
+    return {"experts": experts}
+
+
+def _read_gpt_oss(config: Entries, problems: list[str]) -> dict[str, Any]:
+    experts = _read_mixtral(config, problems)["experts"]
+    experts |= {
+        "bias": True,
+        "clamp": config["swiglu_limit"],
+        "gate_slope": config["swiglu_alpha"],
+    }
+    return {"experts": experts}
+
+
+def _read_qwen_moe(config: Entries, problems: list[str]) -> dict[str, Any]:
+    experts = {
+        "num_experts": config["num_experts"],
+        "num_experts_per_token": config["num_experts_per_tok"],
+        "intermediate_size": config["moe_intermediate_size"],
+        "normalizes_weights": bool(config["norm_topk_prob"]),
+        "shared_intermediate_size": config.get("shared_expert_intermediate_size"),
+    }
+    step = config.get("decoder_sparse_step") or 1
+    without = config.get("mlp_only_layers") or ()
+    layers = tuple(
+        (layer + 1) % step == 0 and layer not in without
+        for layer in range(_num_layers(config))
+    )
+    experts["layers"] = None if all(layers) else layers
+    return {"experts": experts}
+
+
+def _qwen2_moe_layers(config: Entries) -> list[str]:
+    last = config.get("max_window_layers", 28)
+    layers = range(_num_layers(config))
+    return [FULL if i % 2 or i >= last else SLIDING for i in layers]
+
+
+def _write_experts(config: Any) -> dict[str, Any]:
+    experts = config.experts
+    if experts is None:
+        return {}
+    return {
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": experts.num_experts_per_token,
+        "intermediate_size": config.intermediate_size,
+    }
+
+
+def _write_mixtral(config: Any) -> dict[str, Any]:
+    return _write_experts(config) | _write_window(config)
+
+
+def _write_gpt_oss(config: Any) -> dict[str, Any]:
+    entries = _write_experts(config) | _write_windows(config)
+    if config.experts is not None:
+        entries["swiglu_limit"] = config.experts.clamp
+        entries["swiglu_alpha"] = config.experts.gate_slope
+    return entries
+
+
+def _write_qwen_moe(config: Any) -> dict[str, Any]:
+    entries = _write_experts(config) | _write_qwen(config)
+    if config.experts is not None:
+        layers = enumerate(config.expert_layers())
+        entries |= {
+            "moe_intermediate_size": config.experts.intermediate_size,
+            "norm_topk_prob": config.experts.normalizes_weights,
+            "mlp_only_layers": [layer for layer, has in layers if not has],
+        }
+        if config.experts.shared_intermediate_size is not None:
+            shared = config.experts.shared_intermediate_size
+            entries["shared_expert_intermediate_size"] = shared
+    return entries
+
+
 _GPT2_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 _QWEN_WINDOW = {"sliding_window": 4096, "use_sliding_window": False}
+_EXPERTS = {"num_local_experts": "num_experts"}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 _CAPS = {
     "attn_logit_softcapping": ("attention_softcap",),
     "final_logit_softcapping": ("logits_softcap",),
@@ -285,6 +375,75 @@ FAMILIES: dict[str, Family] = {
             "residual_multiplier": ("residual_multiplier",),
             "logits_scaling": ("logits_scaling",),
         },
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        defaults={
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        renamed=_EXPERTS,
+        layer_types=_window_everywhere,
+        read=_read_mixtral,
+        write=_write_mixtral,
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        defaults={
+            **_QWEN_WINDOW,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "norm_topk_prob": False,
+            "qkv_bias": True,
+        },
+        fields={"qkv_bias": ("attention_bias",)},
+        layer_types=_qwen2_moe_layers,
+        read=_read_qwen_moe,
+        write=_write_qwen_moe,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        defaults={
+            **_QWEN_WINDOW,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        renamed=_EXPERTS,
+        fixed={"query_key_norm": "head"},
+        fields=_BIAS,
+        layer_types=_window_everywhere,
+        read=_read_qwen_moe,
+        write=_write_qwen_moe,
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "rope_scaling": _GPT_OSS_ROPE,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "sliding_window": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "attention_bias": True,
+        },
+        renamed=_EXPERTS,
+        fixed={"attention_sinks": True},
+        fields=_BIAS,
+        layer_types=_gemma2_layers,
+        read=_read_gpt_oss,
+        write=_write_gpt_oss,
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",

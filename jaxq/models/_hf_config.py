@@ -82,6 +82,51 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def read_encoder_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an `EncoderConfig` that a `config.json` describes.
+
+    Args:
+        config: the parsed JSON.
+
+    Raises:
+        ValueError: as `EncoderConfig.from_hf`.
+    """
+    if not isinstance(config, Mapping):
+        _raise_problems(
+            [f"a config is an object of keys and values, not {type(config).__name__}"],
+            "EncoderConfig.from_hf",
+        )
+    problems = _wrong_types(config)
+    if config.get("model_type") != "bert":
+        problems.append(f"model_type={config.get('model_type')!r}; expected bert")
+    for key, expected in _BERT_VALUES.items():
+        if config.get(key) not in (None, expected):
+            problems.append(f"{key}={config[key]!r}; expected {expected!r}")
+    problems += [f"{key} is missing" for key in _SIZES if config.get(key) is None]
+    activation = config.get("hidden_act") or "gelu"
+    if activation not in _ACTIVATIONS:
+        problems.append(
+            f"hidden_act={activation!r}; expected one of {', '.join(_ACTIVATIONS)}"
+        )
+    _raise_problems(problems, "EncoderConfig.from_hf")
+    return {
+        **{key: config[key] for key in _SIZES},
+        "max_position_embeddings": config.get("max_position_embeddings") or 512,
+        "type_vocab_size": config.get("type_vocab_size") or 2,
+        "layer_norm_eps": config.get("layer_norm_eps") or 1e-12,
+        "activation": _ACTIVATIONS[activation],
+    }
+
+
+# Keys that change a BERT, with the value that is supported.
+_BERT_VALUES = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+}
+
+
 def write_entries(config: Any, model_type: str) -> dict[str, Any]:
     """The `config.json` of one family for a `DecoderConfig`.
 
@@ -125,6 +170,8 @@ def _with_defaults(config: Mapping[str, Any], family: Family | None) -> dict[str
     if family is None:
         return dict(config)
     entries = dict(family.defaults)
+    if config.get("sliding_window") == 0:  # as transformers writes no window
+        config = {**config, "sliding_window": None}
     for key, value in config.items():
         if key in family.renamed:
             entries[family.renamed[key]] = value
@@ -315,10 +362,10 @@ def _written_scaling(scaling: RopeScaling) -> dict[str, Any]:
     return entries
 
 
-def _raise_problems(problems: list[str]) -> None:
+def _raise_problems(problems: list[str], caller: str = "DecoderConfig.from_hf") -> None:
     """Raises one ValueError that lists all problems, if there are any."""
     if problems:
-        raise ValueError("DecoderConfig.from_hf: " + "; ".join(problems) + ".")
+        raise ValueError(f"{caller}: {'; '.join(problems)}.")
 
 
 # The types of values.
@@ -364,6 +411,12 @@ _COUNT = _ValueType(
         "sliding_window",
         "sliding_window_pattern",
         "no_rope_layer_interval",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "decoder_sparse_step",
+        "type_vocab_size",
     ),
 )
 _POSITIVE = _ValueType(
@@ -371,6 +424,7 @@ _POSITIVE = _ValueType(
     _is_positive,
     (
         "rms_norm_eps",
+        "layer_norm_eps",
         "rope_theta",
         "rope_local_base_freq",
         "query_pre_attn_scalar",
@@ -380,6 +434,8 @@ _POSITIVE = _ValueType(
         "embedding_multiplier",
         "residual_multiplier",
         "logits_scaling",
+        "swiglu_alpha",
+        "swiglu_limit",
     ),
 )
 _SWITCH = _ValueType(
@@ -391,6 +447,8 @@ _SWITCH = _ValueType(
         "mlp_bias",
         "use_sliding_window",
         "scale_attn_weights",
+        "norm_topk_prob",
+        "qkv_bias",
     ),
 )
 _OBJECT = _ValueType(
@@ -408,7 +466,13 @@ _LAYER_NUMBER = _ValueType(
     lambda value: value == 0 or _is_count(value),
     ("max_window_layers",),
 )
+_LAYERS = _ValueType(
+    "a list of layers",
+    _is_list_of(lambda layer: layer == 0 or _is_count(layer)),
+    ("mlp_only_layers",),
+)
 _VALUE_TYPES = (
+    _LAYERS,
     *(_COUNT, _POSITIVE, _SWITCH, _OBJECT, _NAME, _NAMES, _FLAGS, _LAYER_NUMBER),
 )
 

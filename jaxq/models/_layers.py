@@ -6,6 +6,7 @@ Products read `dtype` and accumulate in float32. Norms are computed in float32.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -59,6 +60,11 @@ def norm(config: Any, size: int, *, param_dtype: Any, rngs: nnx.Rngs) -> Any:
         # The fast variance, mean(x^2) - mean(x)^2, cancels.
         return nnx.LayerNorm(size, use_fast_variance=False, **options)
     return nnx.RMSNorm(size, **options)
+
+
+def output_std(config: Any) -> float:
+    """Keeps the initial variance of the stream independent of depth (GPT-2)."""
+    return 0.02 / math.sqrt(2 * config.num_hidden_layers)
 
 
 def _promote(arrays: tuple, *, dtype: Any, **_: Any) -> tuple:

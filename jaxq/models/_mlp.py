@@ -12,18 +12,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.models._attention import output_std
 from jaxq.models._config import DecoderConfig
-from jaxq.models._layers import ACTIVATIONS, linear
+from jaxq.models._layers import ACTIVATIONS, linear, output_std
 
 
 class MLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate."""
 
     def __init__(
-        self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        *,
+        width: int | None = None,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
     ):
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        d, bias = config.hidden_size, config.mlp_bias
+        f = config.intermediate_size if width is None else width
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         if config.gated_mlp:
             self.gate_proj = linear(d, f, bias, **types, rngs=rngs)

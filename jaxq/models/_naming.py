@@ -22,6 +22,9 @@ class Naming:
             layer begin after the number of the layer.
         fused: modules that are a part of another one, with the modules that follow one
             another in it.
+        experts: what the name of a module of an expert begins with, with a place for
+            the number of the expert. Without it, one tensor holds all experts.
+        expert_modules: modules of an expert with another name than in the model.
         is_transposed: the file stores kernels as [out, in]. The model has [in, out].
         redundant: endings of the names of tensors that the model does not need.
     """
@@ -31,6 +34,8 @@ class Naming:
     layers: str = "layers"
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    experts: str | None = "mlp.experts.{}."
+    expert_modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     is_transposed: bool = True
     # Old checkpoints store their rotary tables.
     redundant: tuple[str, ...] = (".rotary_emb.inv_freq",)
@@ -58,6 +63,44 @@ _OTHERS = {
             "self_attn.qkv_proj": _ATTENTION,
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         }
+    ),
+    "mixtral": Naming(
+        modules={"mlp.router": "block_sparse_moe.gate"},
+        experts="block_sparse_moe.experts.{}.",
+        expert_modules={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    ),
+    "qwen2_moe": Naming(modules={"mlp.router": "mlp.gate"}),
+    "qwen3_moe": Naming(modules={"mlp.router": "mlp.gate"}),
+    "gpt_oss": Naming(experts=None),
+    "bert": Naming(
+        prefix="bert.",
+        is_prefix_optional=True,
+        layers="encoder.layer",
+        modules={
+            "embed_tokens": "embeddings.word_embeddings",
+            "embed_positions": "embeddings.position_embeddings",
+            "embed_token_types": "embeddings.token_type_embeddings",
+            "embed_norm": "embeddings.LayerNorm",
+            "self_attn.q_proj": "attention.self.query",
+            "self_attn.k_proj": "attention.self.key",
+            "self_attn.v_proj": "attention.self.value",
+            "self_attn.o_proj": "attention.output.dense",
+            "attention_output_norm": "attention.output.LayerNorm",
+            "mlp.up_proj": "intermediate.dense",
+            "mlp.down_proj": "output.dense",
+            "mlp_output_norm": "output.LayerNorm",
+        },
+        # Positions, and the heads of the tasks of the first training.
+        redundant=(
+            ".position_ids",
+            "pooler.dense.weight",
+            "pooler.dense.bias",
+            *("cls.predictions.bias", "cls.predictions.decoder.weight"),
+            *("cls.predictions.decoder.bias", "cls.seq_relationship.weight"),
+            *("cls.seq_relationship.bias", "cls.predictions.transform.dense.weight"),
+            *("predictions.transform.dense.bias", "transform.LayerNorm.weight"),
+            "transform.LayerNorm.bias",
+        ),
     ),
     "gpt2": Naming(
         prefix="transformer.",

@@ -49,7 +49,7 @@ def read_part(
     dtype: np.dtype,
     index: tuple[slice, ...] | None,
 ) -> np.ndarray:
-    """A part of a parameter, of layers that are stacked or not.
+    """A part of a parameter, whose layers and experts are stacked or not.
 
     Args:
       parts: the tensors of the parameter.
@@ -59,13 +59,19 @@ def read_part(
     """
     if () in parts:
         return parts[()].read(files, index).astype(dtype)
+    # The largest index on each leading axis, of layers or of experts.
+    sizes = [number + 1 for number in max(parts)]
+    if index is None:
+        numbers, within = [range(size) for size in sizes], None
+    else:
+        numbers = [range(size)[part] for size, part in zip(sizes, index, strict=False)]
+        within = index[len(sizes) :]
     stack = None
-    numbers = range(len(parts)) if index is None else range(len(parts))[index[0]]
-    within = None if index is None else index[1:]
-    for place, number in enumerate(numbers):
-        layer = parts[number,].read(files, within)
+    for place in np.ndindex(*map(len, numbers)):
+        number = tuple(axis[i] for axis, i in zip(numbers, place, strict=True))
+        value = parts[number].read(files, within)
         if stack is None:
-            stack = np.empty((len(numbers), *layer.shape), dtype)
-        stack[place] = layer.astype(dtype)
+            stack = np.empty((*map(len, numbers), *value.shape), dtype)
+        stack[place] = value.astype(dtype)
     assert stack is not None
     return stack

@@ -72,7 +72,7 @@ def rotate(
     Raises:
       ValueError: a matrix or `online` has another size or is not orthogonal; the
         weights of the model are not floats; or the model has LayerNorms, norms after
-        attention and the MLP, or learned positions.
+        attention and the MLP, experts, or learned positions.
 
     Example:
       >>> from jaxq.models import Decoder, DecoderConfig
@@ -174,6 +174,9 @@ def _check_rotatable(config: DecoderConfig) -> None:
     elif config.norm_places != "before":
         reason = "the gain of a norm that adds to the stream cannot be folded"
         problem = f"norm_places={config.norm_places!r}"
+    elif config.experts is not None:
+        reason = "the experts are not rotated"
+        problem = "experts"
     elif config.learned_positions:
         reason = "the learned positions are not rotated"
         problem = "learned_positions=True"

@@ -53,7 +53,8 @@ def norm_groups(model: Decoder) -> list[NormGroup]:
     and up_proj. up_proj is the source for down_proj. The last group of a model is the
     last norm with the head, unless the head is tied to the embedding. A model without
     norms in front of its linears (OLMo 2) lacks the groups of norms. A model without a
-    gate (GPT-2) lacks the group of up_proj.
+    gate (GPT-2) lacks the group of up_proj. A layer with experts lacks the last two
+    groups.
 
     Stacked layers (`scan_layers`) are one layer, "layers", and their scales have a
     leading axis. With fewer key heads than query heads, several query heads share a key
@@ -91,8 +92,10 @@ def all_groups(model: Decoder) -> list[NormGroup]:
         layers = ["layers"]
     else:
         layers = [f"layers/{number}" for number in range(config.num_hidden_layers)]
+    # A stack has layers of one kind.
+    expert_layers = config.expert_layers()
     groups = []
-    for layer in layers:
+    for layer, has_experts in zip(layers, expert_layers, strict=False):
         attention, mlp = f"{layer}/self_attn", f"{layer}/mlp"
         inputs = tuple(f"{attention}/{name}" for name in ("q_proj", "k_proj", "v_proj"))
         names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
@@ -102,6 +105,8 @@ def all_groups(model: Decoder) -> list[NormGroup]:
         if has_norms:
             groups.append(NormGroup(f"{layer}/input_layernorm", inputs, "norm"))
         groups.append(NormGroup(f"{attention}/v_proj", output, "linear"))
+        if has_experts:
+            continue  # no scale moves into or between experts
         if has_norms:
             norm = f"{layer}/post_attention_layernorm"
             groups.append(NormGroup(norm, gated, "norm"))

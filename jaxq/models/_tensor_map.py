@@ -16,6 +16,7 @@ from flax import nnx
 from jaxq.files import TensorFile
 from jaxq.models._naming import Naming
 from jaxq.models.decoder import Decoder, DecoderConfig
+from jaxq.models.encoder import Encoder, EncoderConfig
 
 _HEAD = "lm_head"
 
@@ -29,6 +30,7 @@ class TensorPart(NamedTuple):
         start: where the part begins along the axis `axis` of the tensor.
         stop: where it ends.
         axis: the axis that is cut. The part is whole along all other axes.
+        step: 2 if the part has every second entry along the axis.
         is_transposed: the tensor has [out, in], and the parameter has [in, out].
         offset: what is added to the numbers of the file.
     """
@@ -38,6 +40,7 @@ class TensorPart(NamedTuple):
     start: int
     stop: int
     axis: int
+    step: int
     is_transposed: bool
     offset: float
 
@@ -51,10 +54,15 @@ class TensorPart(NamedTuple):
             index: a slice with step 1 for each axis of the parameter. None means all.
         """
         file = files[self.name]
-        if index is None and (self.start, self.stop) == (0, self.shape[self.axis]):
+        is_whole = self.step == 1 and self.stop - self.start == self.shape[self.axis]
+        if index is None and is_whole:
             value = file.read(self.name)
         else:
-            value = file.read_part(self.name, self._file_index(index))
+            where = self._file_index(index)
+            # A file reads without steps.
+            bounds = tuple(slice(part.start, part.stop) for part in where)
+            steps = tuple(slice(None, None, part.step) for part in where)
+            value = file.read_part(self.name, bounds)[steps]
         if self.offset:
             value = value.astype(np.float32) + np.float32(self.offset)
         return value.T if self.is_transposed else value
@@ -81,7 +89,7 @@ class TensorPart(NamedTuple):
     def value_shape(self) -> tuple[int, ...]:
         """The shape of the numbers in the model."""
         shape = list(self.shape)
-        shape[self.axis] = self.stop - self.start
+        shape[self.axis] = len(range(self.start, self.stop, self.step))
         return tuple(shape[::-1] if self.is_transposed else shape)
 
     def _file_index(self, index: tuple[slice, ...] | None) -> tuple[slice, ...]:
@@ -93,40 +101,60 @@ class TensorPart(NamedTuple):
             bounds = [part.indices(size)[:2] for part, size in sizes]
         if self.is_transposed:
             bounds.reverse()
+        where = [slice(*bound) for bound in bounds]
         start, stop = bounds[self.axis]
-        bounds[self.axis] = (self.start + start, self.start + stop)
-        return tuple(slice(*bound) for bound in bounds)
+        own = range(self.start, self.stop, self.step)[start:stop]
+        where[self.axis] = slice(own.start, min(own.stop, self.stop), self.step)
+        return tuple(where)
 
 
-# The tensors of a parameter. The key is the index on its leading axis of layers, or ()
-# if it has none.
+# The tensors of a parameter. The key is the index on its leading axes: of layers if
+# they are stacked, and of experts if each has tensors of its own. Otherwise it is ().
 Parts = dict[tuple[int, ...], TensorPart]
 
 
-def tensor_map(config: DecoderConfig, naming: Naming) -> dict[tuple, Parts]:
-    """The tensors of every parameter of a `Decoder`, by the path of the parameter.
+def tensor_map(
+    config: DecoderConfig | EncoderConfig, naming: Naming
+) -> dict[tuple, Parts]:
+    """The tensors of every parameter of a model, by the path of the parameter.
 
     Args:
         config: of the model.
         naming: of the files.
     """
-    # All layers have the shapes of one. To build one takes the same time for any depth.
-    model = nnx.eval_shape(lambda: Decoder(_one_layer(config), rngs=nnx.Rngs(0)))
+    if isinstance(config, EncoderConfig):
+        return _encoder_map(config, naming)
+    tensors: dict[tuple, Parts] = {}
+    layers = _layer_shapes(config)
+    for path, shape in _outer_shapes(config).items():
+        prefix = "" if path[0] == _HEAD else naming.prefix
+        tensors[path] = {(): _part(config, naming, prefix, path, shape)}
+    for layer, has_experts in enumerate(config.expert_layers()):
+        prefix = naming.layer_prefix(layer)
+        for path, shape in layers[has_experts].items():
+            parts = _parts(config, naming, prefix, path, shape)
+            if config.scan_layers:
+                stack = tensors.setdefault(("layers", *path), {})
+                stack |= {(layer, *index): part for index, part in parts.items()}
+            else:
+                tensors["layers", layer, *path] = parts
+    return tensors
+
+
+def _encoder_map(config: EncoderConfig, naming: Naming) -> dict[tuple, Parts]:
+    """The tensors of every parameter of an `Encoder`."""
+    one_layer = dataclasses.replace(config, num_hidden_layers=1)
+    model = nnx.eval_shape(lambda: Encoder(one_layer, rngs=nnx.Rngs(0)))
     tensors: dict[tuple, Parts] = {}
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[0] != "layers":
-            prefix = "" if path[0] == _HEAD else naming.prefix
-            part = _part(config, naming, prefix, path, param.shape)
+            part = _part(config, naming, naming.prefix, path, param.shape)
             tensors[path] = {(): part}
             continue
-        within = path[2:]
         for layer in range(config.num_hidden_layers):
             prefix = naming.layer_prefix(layer)
-            part = _part(config, naming, prefix, within, param.shape)
-            if config.scan_layers:
-                tensors.setdefault(("layers", *within), {})[layer,] = part
-            else:
-                tensors["layers", layer, *within] = {(): part}
+            part = _part(config, naming, prefix, path[2:], param.shape)
+            tensors["layers", layer, *path[2:]] = {(): part}
     return tensors
 
 
@@ -137,18 +165,94 @@ def shapes_of(tensors: Mapping[tuple, Parts]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _one_layer(config: DecoderConfig) -> DecoderConfig:
+def _outer_shapes(config: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
+    """The shapes of the parameters outside the layers, by path."""
+    flat = _flat_shapes(_one_layer(config, config.expert_layers()[0]))
+    return {path: shape for path, shape in flat.items() if path[0] != "layers"}
+
+
+def _layer_shapes(config: DecoderConfig) -> dict[bool, dict[tuple, tuple[int, ...]]]:
+    """The shapes of a layer's parameters, by whether it has experts and by path.
+
+    All layers of a kind have the same shapes. To build one takes the same time for any
+    depth.
+    """
+    kinds = {}
+    for has_experts in sorted(set(config.expert_layers())):
+        flat = _flat_shapes(_one_layer(config, has_experts))
+        kinds[has_experts] = {
+            path[2:]: shape for path, shape in flat.items() if path[0] == "layers"
+        }
+    return kinds
+
+
+def _flat_shapes(config: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {path: param.shape for path, param in flat}
+
+
+def _one_layer(config: DecoderConfig, has_experts: bool) -> DecoderConfig:
+    """The config of a model with one layer of a kind."""
+    experts = None
+    if has_experts and config.experts is not None:
+        experts = dataclasses.replace(config.experts, layers=None)
     return dataclasses.replace(
         config,
         num_hidden_layers=1,
         scan_layers=False,
         window_layers=None,
         rope_layers=None,
+        experts=experts,
     )
 
 
-def _part(
+def _parts(
     config: DecoderConfig,
+    naming: Naming,
+    prefix: str,
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+) -> Parts:
+    """The tensors of one parameter of a layer, of all experts or of each."""
+    if path[:2] != ("mlp", "experts"):
+        return {(): _part(config, naming, prefix, path, shape)}
+    module, last = path[2], path[3]
+    if naming.experts is None:
+        return {(): _fused_experts(prefix, module, last, shape)}
+    parts = {}
+    own_name = naming.expert_modules.get(module, module)
+    ending = "bias" if last == "bias" else "weight"
+    is_transposed = last == "kernel"
+    own_shape = shape[:0:-1] if is_transposed else shape[1:]
+    for expert in range(shape[0]):
+        name = f"{prefix}{naming.experts.format(expert)}{own_name}.{ending}"
+        stop = own_shape[0]
+        parts[expert,] = TensorPart(name, own_shape, 0, stop, 0, 1, is_transposed, 0.0)
+    return parts
+
+
+def _fused_experts(
+    prefix: str, module: str, last: str, shape: tuple[int, ...]
+) -> TensorPart:
+    """The part of a tensor of all experts, as GPT-OSS stores them.
+
+    The columns of gate_proj and up_proj take turns in one tensor. Kernels are
+    [e, in, out] in the file too.
+    """
+    ending = "_bias" if last == "bias" else ""
+    axis = len(shape) - 1
+    if module == "down_proj":
+        name = f"{prefix}mlp.experts.down_proj{ending}"
+        return TensorPart(name, shape, 0, shape[axis], axis, 1, False, 0.0)
+    name = f"{prefix}mlp.experts.gate_up_proj{ending}"
+    fused_shape = (*shape[:axis], 2 * shape[axis])
+    start = 0 if module == "gate_proj" else 1
+    return TensorPart(name, fused_shape, start, fused_shape[axis], axis, 2, False, 0.0)
+
+
+def _part(
+    config: DecoderConfig | EncoderConfig,
     naming: Naming,
     prefix: str,
     path: tuple[Any, ...],
@@ -164,10 +268,11 @@ def _part(
         shape: of the parameter.
     """
     module, last = ".".join(map(str, path[:-1])), path[-1]
-    ending = "bias" if last == "bias" else "weight"
+    ending = last if last in ("bias", "sinks") else "weight"
     is_kernel = last == "kernel"
     is_transposed = is_kernel and (naming.is_transposed or module == _HEAD)
-    offset = 1.0 if last == "scale" and config.unit_offset_norms else 0.0
+    has_offset = isinstance(config, DecoderConfig) and config.unit_offset_norms
+    offset = 1.0 if last == "scale" and has_offset else 0.0
     file_shape = shape[::-1] if is_transposed else shape
     # The axis of the outputs.
     axis = 0 if is_transposed else len(shape) - 1
@@ -181,15 +286,15 @@ def _part(
             stop = start + sizes[place]
             name = f"{prefix}{whole}.{ending}"
             return TensorPart(
-                name, tuple(fused_shape), start, stop, axis, is_transposed, offset
+                name, tuple(fused_shape), start, stop, axis, 1, is_transposed, offset
             )
     name = f"{prefix}{naming.modules.get(module, module)}.{ending}"
     stop = file_shape[axis]
-    return TensorPart(name, file_shape, 0, stop, axis, is_transposed, offset)
+    return TensorPart(name, file_shape, 0, stop, axis, 1, is_transposed, offset)
 
 
-def _num_outputs(config: DecoderConfig, module: str) -> int:
-    """The number of outputs of a linear of a layer."""
+def _num_outputs(config: Any, module: str) -> int:
+    """The number of outputs of a linear of a decoder's layer."""
     if module == "self_attn.q_proj":
         return config.num_attention_heads * config.head_dim
     if module.startswith("self_attn."):

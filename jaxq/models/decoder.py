@@ -23,6 +23,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from flax import nnx
 
 from jaxq.models._attention import Attention, TokenPlace, soft_cap, token_place
 from jaxq.models._config import DecoderConfig, LayerSwitches
+from jaxq.models._experts import MixtureOfExperts
 from jaxq.models._layers import linear, norm
 from jaxq.models._mlp import MLP
 from jaxq.models._rope import RopeScaling
@@ -156,18 +158,21 @@ class Decoder(nnx.Module):
                 rngs=rngs,
             )
 
-        def make_layer(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        expert_layers = config.expert_layers()
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+
+        def make_layer(rngs: nnx.Rngs, has_experts: bool) -> DecoderLayer:
+            return DecoderLayer(config, has_experts=has_experts, **types, rngs=rngs)
 
         self.layers: Any
         num_layers = config.num_hidden_layers
         if config.scan_layers:
-            make_stack = nnx.vmap(make_layer, in_axes=0, out_axes=0)
+            make = functools.partial(make_layer, has_experts=expert_layers[0])
+            make_stack = nnx.vmap(make, in_axes=0, out_axes=0)
             self.layers = nnx.split_rngs(splits=num_layers)(make_stack)(rngs)
         else:
-            self.layers = nnx.List([make_layer(rngs) for _ in range(num_layers)])
+            self.layers = nnx.List([make_layer(rngs, has) for has in expert_layers])
         d, vocab = config.hidden_size, config.vocab_size
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.norm = norm(config, d, param_dtype=param_dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = linear(d, vocab, False, **types, rngs=rngs)
@@ -201,8 +206,8 @@ class Decoder(nnx.Module):
 
         Raises:
             ValueError: no preset has this name; a size is below 1; or a quantized cache
-                cannot do what the config asks for: soft caps, or layers with and
-                without a window in one stack.
+                cannot do what the config asks for: soft caps, sinks, or layers with
+                and without a window in one stack.
         """
         if cache is None:
             return self._float_cache(batch, length)
@@ -294,6 +299,11 @@ class Decoder(nnx.Module):
             raise ValueError(
                 "Decoder.init_cache: attention over a quantized cache has no soft cap, "
                 f"and attention_softcap is {config.attention_softcap}. Use cache=None."
+            )
+        if config.attention_sinks:
+            raise ValueError(
+                "Decoder.init_cache: attention over a quantized cache has no sinks, "
+                "and attention_sinks is True. Use cache=None."
             )
         if config.scan_layers and config.window_layers is not None:
             raise ValueError(
@@ -393,7 +403,13 @@ class DecoderLayer(nnx.Module):
     """Attention, then the MLP. Each reads the stream and adds to it."""
 
     def __init__(
-        self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        *,
+        has_experts: bool,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
     ):
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
 
@@ -408,7 +424,8 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, **types, rngs=rngs)
         if self.has_input_norms:
             self.post_attention_layernorm = make_norm()
-        self.mlp = MLP(config, **types, rngs=rngs)
+        make_mlp = MixtureOfExperts if has_experts else MLP
+        self.mlp = make_mlp(config, **types, rngs=rngs)
         if self.has_output_norms:
             self.attention_output_norm = make_norm()
             self.mlp_output_norm = make_norm()

@@ -111,6 +111,21 @@ DENSE = {
     "gpt2": ("GPT2Config", GPT2),
     "gpt2_default_width": ("GPT2Config", GPT2 | {"n_inner": None}),
 }
+_FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES = {
+    "mixtral": ("MixtralConfig", _LOCAL),
+    "mixtral_window": ("MixtralConfig", _LOCAL | {"sliding_window": 5}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _FEW | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", _FEW | {"norm_topk_prob": True, "head_dim": 16}),
+    "gpt_oss": (
+        "GptOssConfig",
+        _LOCAL | {"sliding_window": 5, "head_dim": 16, "swiglu_limit": 0.5},
+    ),
+}
 # Arguments that only the config of GPT-2 has under these names.
 _NOT_OF_GPT2 = (
     "hidden_size",
@@ -134,7 +149,8 @@ def make_peer(torch: Any, transformers: Any, table: dict, name: str) -> Any:
     # Biases start at zero and norms at one, where mistakes would not show.
     with torch.no_grad():
         for value in model.parameters():
-            if value.ndim == 1:
+            is_bias = value.ndim == 1 or not value.any()
+            if is_bias:
                 value.add_(0.3 * torch.randn_like(value))
     return model
 
