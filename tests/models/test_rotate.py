@@ -153,6 +153,19 @@ def test_errors():
         rotate(model, orthogonal(32), online=jnp.tanh)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "layer"}, "norm='layer', and a LayerNorm subtracts the mean"),
+        ({"norm_places": "both"}, "norm_places='both', and the gain of a norm"),
+        ({"learned_positions": True}, "the learned positions are not rotated"),
+    ],
+)
+def test_models_that_cannot_be_rotated(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rotate(make(num_hidden_layers=1, **changes), orthogonal(32))
+
+
 @pytest.mark.heavy
 def test_outliers_of_the_bundled_model():
     pytest.importorskip("tokenizers", reason="reads a tokenizer: pip install jaxq[hf]")
