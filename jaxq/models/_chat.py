@@ -50,7 +50,7 @@ class ChatTemplate:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
             raise ImportError(
-                "jaxq.models.ChatTemplate needs the jinja2 package: pip install jinja2"
+                "ChatTemplate needs the jinja2 package: pip install jaxq[hf]"
             ) from error
 
         def raise_exception(message: str) -> None:

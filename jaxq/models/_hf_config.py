@@ -32,6 +32,13 @@ _OPTIONAL = (
     "beta_slow",
     "truncate",
 )
+# Keys whose null is not their default.
+_NULL_MEANS_NONE = (
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "shared_expert_intermediate_size",
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -160,8 +167,9 @@ def write_entries(config: Any, model_type: str) -> dict[str, Any]:
         entries[key] = getattr(config, names[0])
     entries |= family.write(config)
     for key, usual in family.renamed.items():
-        entries[key] = entries.get(key, entries.get(usual))
-        entries.pop(usual, None)
+        value = entries.pop(usual, None)
+        if value is not None:
+            entries.setdefault(key, value)
     return entries
 
 
@@ -183,6 +191,9 @@ def _with_defaults(config: Mapping[str, Any], family: Family | None) -> dict[str
         )
         if not is_shadowed:
             entries[key] = value
+    for key, default in family.defaults.items():
+        if entries[key] is None and key not in _NULL_MEANS_NONE:
+            entries[key] = default
     return entries
 
 

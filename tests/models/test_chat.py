@@ -7,6 +7,8 @@ import pytest
 from jaxq.models import ChatTemplate, load_chat_template
 from tests.models.peers import REASON
 
+pytest.importorskip("jinja2", reason="templates need it: pip install jaxq[hf]")
+
 # The forms of templates of published models: ChatML, Llama 2 and Mistral style checks.
 TEMPLATES = {
     "chatml": (

@@ -62,6 +62,19 @@ def test_mistral_config_without_a_window_has_the_default():
     )
 
 
+def test_null_means_the_default_or_none():
+    config = HF | {"model_type": "gemma2"}
+    nulls = {"query_pre_attn_scalar": None, "head_dim": None}
+    assert DecoderConfig.from_hf(config | nulls) == DecoderConfig.from_hf(config)
+    assert DecoderConfig.from_hf(config).attention_softcap == 50.0
+    free = DecoderConfig.from_hf(config | {"attn_logit_softcapping": None})
+    assert free.attention_softcap is None
+    mixtral = DecoderConfig.from_hf(
+        HF | {"model_type": "mixtral", "num_local_experts": None}
+    )
+    assert mixtral.experts.num_experts == 8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,9 +1,11 @@
 """Every family of decoders against a small random model of `transformers`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jaxq.models import generate, load, save
 from tests import tables
@@ -83,3 +85,31 @@ def test_a_scan_over_different_layers(torch, transformers, name, tmp_path):
     rest, _ = decode(scanned, x[:, 13:], cache)
     parts = np.concatenate([part, rest], axis=1)
     np.testing.assert_allclose(parts, expected, atol=2e-4, rtol=0)
+
+
+def test_old_files_of_gpt2(torch, transformers, tmp_path):
+    """They have no prefix, and they hold the causal mask."""
+    make_peer(torch, transformers, DENSE, "gpt2").save_pretrained(tmp_path)
+    model, _ = load(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        name.removeprefix("transformer."): value
+        for name, value in load_file(file).items()
+    }
+    tensors["h.0.attn.bias"] = np.tril(np.ones((1, 1, 64, 64), np.float32))
+    save_file(tensors, file)
+    old, _ = load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(old), nnx.state(model))
+
+
+def test_whole_gains_are_float32(torch, transformers, tmp_path):
+    """1 + g has more bits than g."""
+    peer = make_peer(torch, transformers, DENSE, "gemma2").to(torch.bfloat16)
+    peer.save_pretrained(tmp_path)
+    model, _ = load(tmp_path, dtype=jnp.bfloat16)
+    assert model.layers[0].mlp.up_proj.kernel.dtype == jnp.bfloat16
+    gains = peer.model.norm.weight.detach().float().numpy()
+    np.testing.assert_array_equal(model.norm.scale[...], 1 + gains)
+    save(tmp_path / "again", model)
+    again, _ = load(tmp_path / "again")
+    np.testing.assert_array_equal(again.norm.scale[...], 1 + gains)
