@@ -49,6 +49,7 @@ SUBJECTS = (
     "quantize",
     "recipes",
     "static_ranges",
+    "stream",
     "training",
 )
 # Environment variables of single subjects. They are settings of glibc's malloc.
@@ -64,6 +65,7 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
     # The process returns freed memory immediately, so that resident memory is memory in
     # use.
     "memory": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
+    "stream": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
     # Otherwise new pages take a part of every training step.
     "training": KEEP_FREED_MEMORY,
 }
@@ -145,9 +147,10 @@ def listing() -> str:
     for name in SUBJECTS:
         module = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
         summary = (ast.get_docstring(module) or "").partition("\n")[0]
-        duration = "not recorded"
         if name in durations:
             duration = f"{durations[name] / 60:.1f} min"
+        else:
+            duration = _duration_of_rows(name)
         lines.append(f"  {name:14} {duration:>12}  {summary}")
     return "\n".join(lines)
 
@@ -156,6 +159,18 @@ def _durations() -> dict[str, int]:
     """The seconds that the last recorded run of each subject took."""
     path = RESULTS / DURATIONS
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _duration_of_rows(name: str) -> str:
+    """The least time of a subject, from the seconds that its results have by row."""
+    path = RESULTS / f"{name}-cpu.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    rows = result.get("rows", [])
+    if not all("seconds" in row for row in rows):
+        return "not recorded"
+    # A row of several seeds has the mean of their seconds, and each seed's perplexity.
+    seconds = [row["seconds"] * len(row.get("perplexities", [0])) for row in rows]
+    return f"over {sum(seconds) / 60:.0f} min" if seconds else "not recorded"
 
 
 def _record_duration(name: str, seconds: float) -> None:
@@ -220,7 +235,10 @@ def main() -> None:
         run_subject(args.one, args.keep, args.write, args.durations)
         return
     if not subjects:
-        print("Subjects, and about how long each takes on two CPU cores:\n" + listing())
+        print(
+            "Subjects, and about how long each takes on two busy CPU cores:\n"
+            + listing()
+        )
         return
     if "all" in subjects:
         subjects = [name for name in SUBJECTS if name != "kernels"]

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 # A few recipes on little text. This shows that the example runs, not what recipes cost.
 FAST = "--fast" in sys.argv
 if FAST:
-    RECIPES = ("int8", "w8a8", "nf4", "int4", "int3")
+    RECIPES = ("w8a8", "nf4", "int3")
 else:
     RECIPES = ("int8", "w8a8", "fp8", "nf4", "nvfp4", "mxfp4", "int4", "int3")
 PROMPT = "def read(self, size=-1):\n"
@@ -45,7 +45,7 @@ start = time.perf_counter()
 progress("loading examples/tiny_llama")
 model, tokenizer = jaxq.models.load(HERE / "tiny_llama")
 tokens = np.asarray(tokenizer.encode((HERE / "heldout.txt").read_text()).ids, np.int32)
-tokens = tokens[: (4 if FAST else 32) * 256]
+tokens = tokens[: (2 if FAST else 32) * 256]
 
 forward = nnx.jit(lambda model, batch: model(batch))
 float_logits = {}
@@ -124,7 +124,7 @@ if not is_same:
 # %% Continue a prompt with both
 prompt = jnp.asarray([tokenizer.encode(PROMPT).ids], jnp.int32)
 for name, network in (("float32", model), ("nf4", reloaded)):
-    longer = jaxq.models.generate(network, prompt, 40)
+    longer = jaxq.models.generate(network, prompt, 10 if FAST else 40)
     text = tokenizer.decode(np.asarray(longer[0, prompt.shape[1] :]).tolist())
     # The prompt is between the marks.
     print(f"\n--- {name}\n[{PROMPT}]{text}")

@@ -40,8 +40,8 @@ parser.add_argument(
     "--fast", action="store_true", help="less training: shows that it runs"
 )
 args = parser.parse_args()
-TEACHER_EPOCHS = 6 if args.fast else 30
-STUDENT_EPOCHS = 10 if args.fast else 60
+TEACHER_EPOCHS = 3 if args.fast else 30
+STUDENT_EPOCHS = 5 if args.fast else 60
 SEEDS = (0,) if args.fast else (0, 1, 2)
 BATCH = 64
 

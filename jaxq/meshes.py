@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxq.processes import put
+
 
 def explicit_spec(x: Any) -> tuple:
     """The mesh axes over which each axis of an array is sharded, from its type.
@@ -99,13 +101,13 @@ def on_auto_axes(tree: Any) -> Iterator[Any]:
     names = meshes[0].axis_names
     mesh = Mesh(meshes[0].devices, names, axis_types=(AxisType.Auto,) * len(names))
 
-    def put(leaf: Any) -> Any:
+    def turned(leaf: Any) -> Any:
         if not _has_explicit_mesh(leaf):
             return leaf
-        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+        return put(leaf, NamedSharding(mesh, leaf.sharding.spec))
 
     with jax.set_mesh(mesh):
-        yield jax.tree.map(put, tree)
+        yield jax.tree.map(turned, tree)
 
 
 def apply_out_sharding(

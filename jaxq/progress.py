@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,8 +23,8 @@ def with_progress(
     if not is_shown:
         yield from items
         return
-    size: Any = items
-    total = f"/{start + len(size)}" if hasattr(size, "__len__") else ""
+    size = operator.length_hint(items, -1)
+    total = f"/{start + size}" if size >= 0 else ""
     number = start
     try:
         for number, item in enumerate(items, start):

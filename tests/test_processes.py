@@ -14,12 +14,17 @@ from tests.arrays import normal
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-def test_arrays_are_read_and_conditions_compared_on_any_mesh(kind):
+def test_arrays_are_read_on_any_mesh(kind):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
     x = jax.device_put(normal(8, 4), NamedSharding(mesh, P("d")))
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(processes.to_numpy(x), normal(8, 4))
-        assert processes.is_true_everywhere(True, x)
-        assert not processes.is_true_everywhere(False, x)
-    assert processes.first_owner(x) == 0
     assert not processes.has_remote_parts(x)
+    assert not processes.spans_processes(x)
+
+
+def test_one_process_keeps_its_own_errors():
+    with pytest.raises(KeyError), processes.Agreement(jax.devices(), "it failed"):
+        raise KeyError("a")
+    with processes.Agreement([], "it failed") as agreement:
+        agreement.fingerprint = 1

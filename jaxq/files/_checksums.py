@@ -38,18 +38,38 @@ def with_checksums(
       metadata: the other texts of the file.
       tensors: name of dtype, shape and bytes of each tensor by name.
     """
-    marked = {**metadata, MARK: _MARK_TEXT}
     texts = {
-        name: "".join(
-            checksum(name, dtype, shape, number, data[start : start + CHUNK])
-            for number, start in enumerate(range(0, len(data), CHUNK))
-        )
+        name: checksums_of(name, dtype, shape, data)
         for name, (dtype, shape, data) in tensors.items()
     }
     described = {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}
+    return with_texts(metadata, described, texts)
+
+
+def checksums_of(name: str, dtype: str, shape: Sequence[int], data: memoryview) -> str:
+    """The checksums of all chunks of a tensor."""
+    return "".join(
+        checksum(name, dtype, shape, number, data[start : start + CHUNK])
+        for number, start in enumerate(range(0, len(data), CHUNK))
+    )
+
+
+def with_texts(
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    texts: Mapping[str, str],
+) -> dict[str, str]:
+    """Metadata with checksums that `checksums_of` computed.
+
+    Args:
+      metadata: the other texts of the file.
+      tensors: name of dtype and shape of each tensor by name.
+      texts: the checksums of each tensor by name.
+    """
+    marked = {**metadata, MARK: _MARK_TEXT}
     contents = {
         "chunk": CHUNK,
-        "metadata": metadata_checksum(marked, described),
+        "metadata": metadata_checksum(marked, tensors),
         "tensors": texts,
     }
     return {**marked, CHECKSUMS: json.dumps(contents, sort_keys=True)}

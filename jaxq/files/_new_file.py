@@ -76,6 +76,13 @@ class NewFile:
         with self._naming_errors():
             self._file.write(data)
 
+    def write_start(self, data: bytes) -> None:
+        """Overwrites the first bytes. Bytes that are written next are appended."""
+        with self._naming_errors():
+            self._file.seek(0)
+            self._file.write(data)
+            self._file.seek(0, os.SEEK_END)
+
     def sync(self) -> None:
         """Waits until the bytes of the file are on the disk."""
         with self._naming_errors():

@@ -19,16 +19,20 @@ class PartBytes:
 
     Args:
       shape: of the tensor.
-      bounds: start and stop of the part along each axis. The part is not empty.
+      index: of the part, a slice with step 1 for each axis.
       item_bytes: the number of bytes of an entry.
+
+    Attributes:
+      shape: of the part.
+      num_bytes: of the part.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        bounds: Sequence[tuple[int, int]],
-        item_bytes: int,
-    ):
+    def __init__(self, shape: Sequence[int], index: Sequence[slice], item_bytes: int):
+        bounds = [
+            axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)
+        ]
+        self.shape = tuple(stop - start for start, stop in bounds)
+        self.num_bytes = item_bytes * math.prod(self.shape)
         whole = [bound == (0, size) for bound, size in zip(bounds, shape, strict=True)]
         # The last axis that the part does not cover. All axes after it are contiguous.
         cut = max((i for i, covers in enumerate(whole) if not covers), default=-1)
@@ -45,6 +49,8 @@ class PartBytes:
 
     def chunks(self, chunk_bytes: int) -> list[int]:
         """The numbers of the chunks of the tensor that hold bytes of the part."""
+        if self.num_bytes == 0:
+            return []
         starts = self._rows * self._row_bytes + self._start
         first = starts // chunk_bytes
         last = (starts + self._width - 1) // chunk_bytes

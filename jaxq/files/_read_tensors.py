@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +30,6 @@ _OTHER_BITS = {
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8,
     "C64": 64,
@@ -86,8 +85,6 @@ class TensorFile:
         try:
             self.metadata, self.headers = self._read_header()
             self._checksums = self._read_checksums() if verify else None
-            # Chunks whose checksum was right: name and number.
-            self._verified: set[tuple[str, int]] = set()
         except BaseException:
             self._file.close()
             raise
@@ -97,6 +94,15 @@ class TensorFile:
 
     def __exit__(self, *error: Any) -> None:
         self._file.close()
+
+    def fingerprint(self) -> int:
+        """A checksum of the header, which has the checksums of all tensors.
+
+        Files of earlier versions have no checksums. Then it covers the names, dtypes
+        and shapes of the tensors only.
+        """
+        text = json.dumps([self.metadata, self.headers], sort_keys=True)
+        return zlib.crc32(text.encode())
 
     def read(self, name: str) -> np.ndarray:
         """The array of a tensor.
@@ -123,35 +129,51 @@ class TensorFile:
         data = self._read_bytes(name, start * row_bytes, stop * row_bytes)
         return self._as_array(name, data, (stop - start, *row))
 
-    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor, such as the part of one device.
+    def read_parts(
+        self, name: str, indices: Sequence[tuple[slice, ...]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Parts of a tensor, such as the parts of the devices of a process.
 
-        Only the chunks that hold bytes of the part are read and compared with their
-        checksums. This takes the memory of the part and of one chunk.
+        Only the chunks that hold bytes of the parts are read and compared with their
+        checksums, each of them once. Each part is returned as soon as it is complete.
+        So parts along the first axis take the memory of one or two parts, and parts
+        along the last axis take the memory of all parts.
 
         Args:
           name: of the tensor.
-          index: a slice with step 1 for each axis.
+          indices: of each part, a slice with step 1 for each axis.
+
+        Yields:
+          The place of a part in `indices`, and the part.
 
         Raises:
           RefusedFile: as `read`.
         """
         header, dtype = self.headers[name], self._dtype(name)
-        bounds = [
-            part.indices(size)[:2]
-            for part, size in zip(index, header.shape, strict=True)
-        ]
-        shape = tuple(stop - start for start, stop in bounds)
-        data = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        if data.size:
-            part = PartBytes(header.shape, bounds, dtype.itemsize)
-            chunk_bytes = self._checksums.chunk if self._checksums else CHUNK
-            size = header.stop - header.start
-            for number in part.chunks(chunk_bytes):
-                start = number * chunk_bytes
-                stop = min(start + chunk_bytes, size)
-                part.copy(self._read_bytes(name, start, stop), start, data)
-        return self._as_array(name, data, shape)
+        parts = [PartBytes(header.shape, index, dtype.itemsize) for index in indices]
+        chunk_bytes = self._checksums.chunk if self._checksums else CHUNK
+        num_chunks = []  # of each part, without those that were read
+        places: dict[int, list[int]] = {}  # of the parts that have bytes of a chunk
+        for place, part in enumerate(parts):
+            chunks = part.chunks(chunk_bytes)
+            num_chunks.append(len(chunks))
+            for number in chunks:
+                places.setdefault(number, []).append(place)
+            if not chunks:
+                yield place, np.empty(part.shape, dtype)
+        data: dict[int, np.ndarray] = {}
+        for number in sorted(places):
+            start = number * chunk_bytes
+            stop = min(start + chunk_bytes, header.stop - header.start)
+            chunk = self._read_bytes(name, start, stop)
+            for place in places[number]:
+                part = parts[place]
+                if place not in data:
+                    data[place] = np.empty(part.num_bytes, np.uint8)
+                part.copy(chunk, start, data[place])
+                num_chunks[place] -= 1
+                if num_chunks[place] == 0:
+                    yield place, self._as_array(name, data.pop(place), part.shape)
 
     def _read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
         """Some bytes of a tensor, after a comparison of their checksums."""
@@ -167,16 +189,12 @@ class TensorFile:
         for number, chunk_start, chunk_stop in chunks:
             chunk = data[chunk_start - first : chunk_stop - first]
             self._read_into(chunk, header.start + chunk_start)
-            # Parts of several devices are in one chunk.
-            if (name, number) in self._verified:
-                continue
             found = checksum(name, header.dtype, header.shape, number, chunk.data)
             if found != checksums.of(name, number):
                 raise self.damaged(
                     f"bytes {chunk_start} to {chunk_start + chunk.size - 1} of {name} "
                     f"do not have their checksum. verify=False reads them anyway"
                 )
-            self._verified.add((name, number))
         return data[start - first : stop - first]
 
     def _as_array(
@@ -256,7 +274,7 @@ class TensorFile:
         try:
             # Strict: Python's decoder takes the last of two equal names.
             entries = json.loads(
-                text.decode("utf-8"), object_pairs_hook=_without_equal_names
+                text.decode("utf-8"), object_pairs_hook=without_equal_names
             )
         except (ValueError, RecursionError) as error:
             raise self._not_whole(f"its header cannot be parsed: {error}") from error
@@ -304,7 +322,8 @@ class TensorFile:
         return self.damaged(f"it is not a whole safetensors file: {reason}")
 
 
-def _without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different, for `object_pairs_hook`."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:

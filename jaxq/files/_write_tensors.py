@@ -22,6 +22,9 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "U16": np.dtype(np.uint16),
     "I16": np.dtype(np.int16),
     "F16": np.dtype(np.float16),
@@ -58,11 +61,11 @@ def write_tensors(
     # Wide numbers first: then every tensor starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in names:
-        _check_name(name)
-    described = {
-        name: (_dtype_name(tensors[name]), tensors[name].shape, _bytes(tensors[name]))
-        for name in names
-    }
+        check_name(name)
+    described = {}
+    for name in names:
+        tensor = tensors[name]
+        described[name] = (dtype_name(tensor), tensor.shape, tensor_bytes(tensor))
     metadata = with_checksums(metadata, described)
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
@@ -78,7 +81,8 @@ def write_tensors(
         file.write(data)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ValueError if no tensor can have this name."""
     if name == "__metadata__":
         raise ValueError(
             "a tensor has the name '__metadata__', which safetensors reserves."
@@ -92,11 +96,12 @@ def _check_name(name: str) -> None:
         ) from error
 
 
-def _dtype_name(tensor: np.ndarray) -> str:
+def dtype_name(tensor: np.ndarray) -> str:
+    """The name of a tensor's dtype in safetensors files."""
     return _NAMES[tensor.dtype.newbyteorder("=")]
 
 
-def _bytes(tensor: np.ndarray) -> memoryview:
+def tensor_bytes(tensor: np.ndarray) -> memoryview:
     """The bytes of a tensor in C order, little-endian."""
     little_endian = tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little_endian).reshape(-1).view(np.uint8).data

@@ -3,7 +3,8 @@
 A format is a finite set of numbers with one code for each number. There are integers,
 fixed point, floating point of any width, and tables. A format knows nothing of scales,
 axes or storage. `get` finds a format by name, and `names` lists all names. `register`
-adds a format of your own, and `unregister` removes it.
+adds a format of your own, and `unregister` removes it. `inspect` shows the bits of one
+number.
 """
 
 from jaxq.formats._codebook import (
@@ -15,6 +16,7 @@ from jaxq.formats._codebook import (
 from jaxq.formats._codebook import decode_by_table as decode_by_table
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
+from jaxq.formats._inspect import Inspection, inspect
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
 from jaxq.formats._names import RecipeName as RecipeName
 from jaxq.formats._names import check_choice as check_choice
@@ -48,6 +50,7 @@ __all__ = [
     "FixedPointFormat",
     "FloatFormat",
     "Format",
+    "Inspection",
     "IntegerFormat",
     "Packing",
     "SignMagnitudeFormat",
@@ -55,6 +58,7 @@ __all__ = [
     "dynamic_map",
     "from_dict",
     "get",
+    "inspect",
     "names",
     "normal_float",
     "pack",

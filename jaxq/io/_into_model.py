@@ -7,7 +7,6 @@ problems. Then the arrays of the file are put into a copy of the model.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from jaxq.qtensor import QTensor
 
 
 def into_model(
-    model: Any, values: dict[str, Any], path: Path, transforms: dict[str, str] | None
+    model: Any, values: dict[str, Any], source: str, transforms: dict[str, str] | None
 ) -> Any:
     """A copy of a model with the arrays of a file.
 
@@ -40,7 +39,7 @@ def into_model(
     Args:
       model: an nnx module. It is not changed.
       values: arrays and QTensors of the file by path.
-      path: the file, for errors.
+      source: the caller and the file, at the start of errors.
       transforms: the run-time transforms of layer inputs in the saved model, by path.
         None if the file does not name them.
 
@@ -57,7 +56,7 @@ def into_model(
     ]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"load: {path} does not fit the model:\n{lines}")
+        raise ValueError(f"{source} does not fit the model:\n{lines}")
     _put_variables(copy, variables, values, layers)
     for leaf_path, leaf in array_leaves(copy):
         if is_array(leaf):

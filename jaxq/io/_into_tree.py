@@ -6,7 +6,6 @@ such as the named tuples of an optax state and the Variables of an `nnx.state`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,19 +14,20 @@ import jax.numpy as jnp
 from jaxq.qtensor import LEAVES, QTensor, is_nnx_variable
 
 
-def into_tree(tree: Any, value: Any, path: Path) -> Any:
+def into_tree(tree: Any, value: Any, source: str, caller: str = "load") -> Any:
     """A tree of the structure of `tree` with the leaves of a file.
 
     Args:
       tree: any pytree of arrays, shapes and QTensors. It is not changed.
       value: the tree of the file.
-      path: the file, for errors.
+      source: the file, for errors.
+      caller: the name that errors begin with.
 
     Raises:
       ValueError: tree and file do not fit. The error lists all problems.
     """
-    expected = leaves_by_name(tree, f"load: into= for {path}")
-    saved = leaves_by_name(value, f"load: {path}")
+    expected = leaves_by_name(tree, f"{caller}: into= for {source}")
+    saved = leaves_by_name(value, f"{caller}: {source}")
     problems = [f"{name} is missing in the file" for name in expected.keys() - saved]
     problems += [f"{name} is only in the file" for name in saved.keys() - expected]
     for name in expected.keys() & saved:
@@ -36,7 +36,7 @@ def into_tree(tree: Any, value: Any, path: Path) -> Any:
             problems.append(f"{name} is {got} in the file, but {wanted} in into=")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(problems))
-        raise ValueError(f"load: {path} does not fit into=:\n{lines}")
+        raise ValueError(f"{caller}: {source} does not fit into=:\n{lines}")
     leaves = [_in_variable(saved[name], leaf) for name, leaf in expected.items()]
     return jax.tree.structure(tree, is_leaf=_is_leaf).unflatten(leaves)
 

@@ -31,7 +31,7 @@ Plan = Callable[[Any], Any]
 Place = Callable[[str, Any], Any]
 
 
-def plan_like(into: Any, owner: str) -> tuple[Plan, Place]:
+def plan_like(into: Any, owner: str) -> tuple[Plan, Place, set[Any]]:
     """Functions that put arrays of a file on the devices of their targets.
 
     Args:
@@ -39,9 +39,10 @@ def plan_like(into: Any, owner: str) -> tuple[Plan, Place]:
       owner: the beginning of errors.
 
     Returns:
-      (plan, place). The plan has None for a value that has no target, or does not fit
-      it: the comparison of the whole file with `into` names it. `place` gives codes the
-      axis order of their target, which a file does not keep.
+      (plan, place, devices). The plan has None for a value that has no target, or does
+      not fit it: the comparison of the whole file with `into` names it. `place` gives
+      codes the axis order of their target, which a file does not keep. `devices` are
+      those of all targets.
 
     Raises:
       ValueError: two leaves of `into` have the same path; or `into` has shapes on a
@@ -68,7 +69,12 @@ def plan_like(into: Any, owner: str) -> tuple[Plan, Place]:
             return value
         return _in_layout_of(value, target)
 
-    return plan, place
+    devices: set[Any] = set()
+    for leaf in jax.tree.leaves(targets):
+        sharding = _chosen_sharding(leaf)
+        if sharding is not None:
+            devices.update(sharding.device_set)
+    return plan, place, devices
 
 
 def plan_on_mesh(into: Any, mesh: Any, rules: Any, owner: str) -> Plan | None:
@@ -169,7 +175,7 @@ def _in_layout_of(value: QTensor, target: QTensor) -> QTensor:
     shardings = _shardings_of_target(value, target)
     assert shardings is not None
     return jax.tree.map(
-        lambda leaf, at: leaf if at is None else put(leaf, at),
+        lambda leaf, at: leaf if at is None else put(leaf, at, compares=False),
         value,
         shardings,
     )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxq.io._into_tree import into_tree
 from jaxq.io._placement import plan_like, plan_on_mesh
 from jaxq.qtensor import is_linen_module, is_nnx_module, is_nnx_state
-from jaxq.serialization import Contents, read_contents, write_contents
+from jaxq.serialization import Contents, as_file, read_contents, write_contents
 from jaxq.sharding import Rules
 
 
@@ -24,8 +24,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     saved. To get a model back, give `load` a model of the same class.
 
     If other processes of `jax.distributed` hold parts of an array, all of them must
-    make this call. The first one gathers the arrays in its memory and writes the file,
-    and the others wait. Every process raises an error if it cannot write.
+    make this call. The first one gets the parts of the others in its host memory and
+    writes the file. If one of them has an error, all of them raise.
 
     Args:
       path: the file to write. Its folder must exist. If the path is a symbolic link,
@@ -50,13 +50,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
       >>> jaxq.load(path)["w"]
       QTensor(nf4[64x64], PerGroup(along -2), scale=float32, 4.5 bits, float32)
     """
-    if is_linen_module(tree):
-        raise TypeError(
-            f"save: {type(tree).__name__} is a flax linen module, which holds no "
-            "arrays. Save its variables."
-        )
-    contents = _model_contents(tree) if _is_model(tree) else Contents("tree", tree, {})
-    write_contents(path, contents, caller="save")
+    write_contents(path, contents_of(tree, "save"), caller="save")
 
 
 def load(
@@ -68,6 +62,9 @@ def load(
     verify: bool = True,
 ) -> Any:
     """Reads a file that `save` wrote.
+
+    If arrays are put on devices of several processes, all of these processes must make
+    this call. If one of them cannot read its parts, all of them raise.
 
     Args:
       path: the file to read.
@@ -108,6 +105,8 @@ def load(
         or is damaged. The error names the file and the value.
       ValueError: `into` has shapes on a mesh, and `load` is not called in
         `jax.set_mesh` of this mesh.
+      OSError, ValueError: another process could not read its parts, or has a different
+        file.
       ValueError: the file does not fit `into`. The error names every array that is
         missing, unexpected or of another shape. It also names every layer whose inputs
         are transformed in another way in the model than in the file.
@@ -122,12 +121,14 @@ def load(
       >>> loaded.kernel[...]
       QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
-    _check_into(into)
+    check_into(into, "load")
     plan = plan_on_mesh(into, mesh, rules, "load")
-    place = None
+    place, devices = None, set() if mesh is None else set(mesh.devices.flat)
     if into is not None and mesh is None:
-        plan, place = plan_like(into, f"load: into= for {path}")
-    contents = read_contents(path, caller="load", verify=verify, place=place, plan=plan)
+        plan, place, devices = plan_like(into, f"load: into= for {path}")
+    contents = read_contents(
+        path, caller="load", verify=verify, plan=plan, place=place, devices=devices
+    )
     if contents.kind not in ("tree", "model"):
         raise ValueError(
             f"load: {path} holds a {contents.kind!r:.80}, which this version of jaxq "
@@ -142,25 +143,43 @@ def load(
     if into is None:
         return contents.value
     if not is_nnx_module(into):
-        return into_tree(into, contents.value, Path(path))
+        return into_tree(into, contents.value, str(path))
     if contents.kind != "model":
         raise ValueError(
             f"load: {path} holds a tree, not a model. Load it without into=."
         )
     from jaxq.io._into_model import into_model
 
-    return into_model(into, contents.value, Path(path), transforms)
+    return into_model(into, contents.value, f"load: {path}", transforms)
 
 
-def _check_into(into: Any) -> None:
+def model_as_file(model: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of the file that `save` writes for a model.
+
+    All arrays must be in this process.
+    """
+    return as_file(_model_contents(model), caller="save")
+
+
+def check_into(into: Any, caller: str) -> None:
     """Raises TypeError if `into` is a linen module."""
     if is_linen_module(into):
         raise TypeError(
-            f"load: into= is the linen module {type(into).__name__}, which holds no "
-            "arrays. Load the variables without into=, and run them with "
+            f"{caller}: into= is the linen module {type(into).__name__}, which holds "
+            "no arrays. Load the variables without into=, and run them with "
             "jaxq.nn.linen.Quantized(module).apply(variables, x). The float module "
             "does not take quantized weights."
         )
+
+
+def contents_of(tree: Any, caller: str) -> Contents:
+    """What a file of a model or a tree holds."""
+    if is_linen_module(tree):
+        raise TypeError(
+            f"{caller}: {type(tree).__name__} is a flax linen module, which holds no "
+            "arrays. Save its variables."
+        )
+    return _model_contents(tree) if _is_model(tree) else Contents("tree", tree, {})
 
 
 def _is_model(value: Any) -> bool:

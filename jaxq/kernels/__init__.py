@@ -29,6 +29,7 @@ from jaxq.kernels._codes_product import call_codes as call_codes
 from jaxq.kernels._devices import device_kind as device_kind
 from jaxq.kernels._forms import xla_form as xla_form
 from jaxq.kernels._one_step import as_one_step as as_one_step
+from jaxq.kernels._operands import varying_alike as varying_alike
 from jaxq.kernels._primitive import FORMS as FORMS
 from jaxq.kernels._primitive import call_matmul as call_matmul
 from jaxq.kernels._problem import KERNEL_SCALES as KERNEL_SCALES

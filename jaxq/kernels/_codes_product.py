@@ -30,7 +30,14 @@ from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_fron
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import READS_UNITS, kernel_module
 from jaxq.kernels._remat import has_stack, save_like_dots
-from jaxq.kernels._rows import RowMeta, Rows, decode_field, leaf_names, rows_of_leaves
+from jaxq.kernels._rows import (
+    RowMeta,
+    Rows,
+    as_rows,
+    decode_field,
+    leaf_names,
+    rows_of_leaves,
+)
 from jaxq.kernels._xla import weight_only_matmul
 
 
@@ -73,9 +80,10 @@ def call_codes(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Array:
     """Computes `decode(a) @ decode(b).T` from codes, float32 `[m, n]`.
 
     Args:
-      a: `[m, k]` codes with scales.
+      a: `[m, k]` codes with scales. Or integer codes of both operands have no scales.
+        The result is then the int32 sums of their products.
       a_meta: static facts of a.
-      b: `[n, k]` codes with scales.
+      b: `[n, k]` codes.
       b_meta: static facts of b.
     """
     call = CodesCall(a_meta, leaf_names(a), b_meta, leaf_names(b))
@@ -88,11 +96,13 @@ def codes_xla_form(*operands: jax.Array, call: CodesCall) -> jax.Array:
 
     def product(*operands: jax.Array) -> jax.Array:
         a, b = call.rows(operands)
-        if call.is_mixed and call.b_meta.block_bytes is None:
+        a, a_meta = as_rows(a, call.a_meta)
+        b, b_meta = as_rows(b, call.b_meta)
+        if call.is_mixed and b_meta.block_bytes is None:
             # XLA:CPU has no float8 product, and multiplies groups slowly.
-            x = decode_field(a, call.a_meta, 0)[:, : call.a_meta.k]
-            return weight_only_matmul(x, b, call.b_meta)
-        return codes_matmul(a, call.a_meta, b, call.b_meta)
+            x = decode_field(a, a_meta, 0)[:, : a_meta.k]
+            return weight_only_matmul(x, b, b_meta)
+        return codes_matmul(a, a_meta, b, b_meta)
 
     if operands[0].shape[0] == 1:
         return product(*(leaf[0] for leaf in operands))[None]
@@ -141,7 +151,8 @@ def _abstract(*operands, call: CodesCall):
     a, b = call.rows(operands)
     data: Any = a.data
     shape = (*a.data.shape[:2], b.data.shape[1 if call.b_meta.layout == "rows" else 2])
-    return data.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
+    dtype = jnp.dtype(jnp.int32 if a.scale is None else jnp.float32)
+    return data.update(shape=shape, dtype=dtype, weak_type=False)
 
 
 def _form(

@@ -10,14 +10,17 @@ what it computes: they move scales between layers, make outliers in that way, ro
 model, or stack its layers.
 """
 
+from jaxq.io import register_model
 from jaxq.models import decoder
 from jaxq.models._chat import ChatTemplate, load_chat_template
 from jaxq.models._checkpoint import load, save
+from jaxq.models._checkpoint_parts import checkpoint_parts
 from jaxq.models._config import ExpertsConfig
 from jaxq.models._expert_kind import EXPERT_LINEAR
 from jaxq.models._generate import generate
 from jaxq.models._hf_config import model_types
 from jaxq.models._outliers import with_outliers
+from jaxq.models._quantized_weights import is_quantized
 from jaxq.models._rotate import rotate, rotate_by
 from jaxq.models._scale_groups import NormGroup, fold_scales, norm_groups, smooth
 from jaxq.models._stacking import stacked, unrolled
@@ -29,6 +32,7 @@ from jaxq.ops import KVCache
 decoder.set_quantized_cache(KVCache.empty)
 register_layer(EXPERT_LINEAR)
 register_folding(Decoder, norm_groups, fold_scales)
+register_model(Decoder, checkpoint_parts)
 register_rotation(Decoder, rotate_by)
 
 # The earlier names, from when Llama was the only family.
@@ -47,6 +51,7 @@ __all__ = [
     "NormGroup",
     "fold_scales",
     "generate",
+    "is_quantized",
     "load",
     "load_chat_template",
     "model_types",

@@ -2,6 +2,8 @@
 
 A directory holds `config.json`, the weights in one or more safetensors files, and the
 tokenizer. Tensors are read one by one. `_tensor_map.py` says where each parameter is.
+The weights of a model that jaxq quantized are in a
+file of `jaxq.save` (`_quantized_weights.py`).
 """
 
 from __future__ import annotations
@@ -20,28 +22,38 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxq.files import (
-    NewFile,
+    CONFIG,
+    SINGLE,
     TensorFile,
     TensorHeader,
     is_file,
-    leftovers,
-    locked_folder,
+    listed,
     naming_errors,
-    remove_leftovers,
-    sync_folder,
-    write_tensors,
+    open_weights,
+    parse_json,
+    read_text,
+    require_file,
+    write_directory,
 )
+from jaxq.io import is_quantized as has_quantized_weights
+from jaxq.io import model_as_file, read_checkpoint
 from jaxq.models._naming import Naming, naming_of
-from jaxq.models._parts import read_on_mesh, read_part
+from jaxq.models._parts import read_on_mesh, read_whole
+from jaxq.models._quantized import filled_with_quantized, headers_of
+from jaxq.models._quantized_weights import (
+    is_quantized,
+    own_quantization,
+    quantization_entries,
+    read_quantized,
+    transforms_are_known,
+)
 from jaxq.models._tensor_map import Parts, shapes_of, tensor_map
 from jaxq.models.decoder import Decoder, DecoderConfig
 from jaxq.models.encoder import Encoder, EncoderConfig
 from jaxq.nn.layers import input_transforms
+from jaxq.processes import Agreement
 from jaxq.sharding import Rules, check_mesh
 
-_CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 _SAVED_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _SAVE = "jaxq.models.save"
@@ -51,8 +63,6 @@ _TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,
 }
 _ROWS = 1024
-# An error names so many tensors of each kind.
-_MOST_LINES = 20
 _HEAD = "lm_head.weight"
 _POOLINGS = {
     "pooling_mode_mean_tokens": "mean",
@@ -65,13 +75,13 @@ _EMBEDDING_PATH = ("embed_tokens", "embedding")
 def load(
     path: str | Path,
     *,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     scan_layers: bool = False,
     mesh: Mesh | None = None,
     rules: Rules = None,
     verify: bool = True,
 ) -> tuple[Any, Any]:
-    """Reads a Hugging Face directory of a model with float weights.
+    """Reads a Hugging Face directory of a model.
 
     `jaxq.models.model_types()` lists the families of decoders. A directory with the
     `model_type` "bert" gives an `Encoder`.
@@ -80,14 +90,21 @@ def load(
     `model.safetensors.index.json`, it names the weight files instead. Tensors are read
     one by one, so host memory peaks at the model plus its largest tensor.
 
+    The weights are floats, or quantized by another library, as in
+    `jaxq.io.read_checkpoint`, or by jaxq, as `save` writes them. A quantized weight
+    stays quantized in the model. A GGUF file is read too.
+
     Args:
-        path: the directory.
+        path: the directory, or a file whose name ends with ".gguf".
         dtype: float32 or bfloat16. Parameters are stored in it, and matrix products
             read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
-            is exact in float32.
+            is exact in float32. None means float32. For weights that jaxq quantized, it
+            means the dtype that the model had.
         scan_layers: stack the layers and run them by one scan, see `DecoderConfig`.
         mesh: puts the parameters on this mesh of devices. Of each tensor, only the
-            parts of this process's devices are read, one by one.
+            parts of this process's devices are read, one by one. If the mesh has
+            devices of several processes, all of them must make this call. If one of
+            them cannot read its parts, all of them raise. The weights must be floats.
         rules: the mesh axes of parameters by pattern, as in `jaxq.sharding.place`:
             `{"**/up_proj/kernel": PartitionSpec(None, "t"), "**": PartitionSpec()}`.
             Paths are those of the model, for example "layers/0/mlp/up_proj/kernel", or
@@ -105,7 +122,8 @@ def load(
         TypeError: there are rules and no mesh, or the mesh has no devices.
         ValueError: a rule matches nothing, or the shards do not divide an axis, as in
             `jaxq.sharding.place`.
-        ValueError: `dtype` is not float32 or bfloat16; a file is damaged; the config is
+        ValueError: `dtype` is not float32 or bfloat16, or not that of weights that jaxq
+            quantized; a file is damaged; the config is
             not supported; the index names a file outside the directory; or tensors are
             missing, unexpected, of the wrong shape or without floats. One message lists
             such tensors. Headers are compared with the config before layers are built.
@@ -122,7 +140,7 @@ def load(
         ((1, 3, 64), None)
     """
     path = Path(path)
-    stored_dtype = jnp.dtype(dtype)
+    stored_dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     if stored_dtype.name not in ("float32", "bfloat16"):
         raise ValueError(
             "jaxq.models.load: dtype must be float32 or bfloat16, got "
@@ -132,25 +150,42 @@ def load(
         check_mesh(mesh, "jaxq.models.load")
     elif rules is not None:
         raise TypeError("jaxq.models.load: rules= needs mesh=, the mesh of devices.")
-    config_text = _read_text(_require_file(path, _CONFIG))
-    model_type, config = _parse_config(path / _CONFIG, config_text, scan_layers)
-    make_model: Any = Encoder if isinstance(config, EncoderConfig) else Decoder
+    devices = () if mesh is None else mesh.devices.flat
+    with Agreement(devices, f"jaxq.models.load: {path} cannot be read"):
+        quantization = own_quantization(path, _LOAD)
+        if quantization is None:
+            return _load(path, stored_dtype, scan_layers, mesh, rules, verify)
+        wanted = None if dtype is None else stored_dtype
+        where = {"mesh": mesh, "rules": rules, "verify": verify}
+        return _load_own(path, quantization, wanted, scan_layers, **where)
+
+
+def _load(
+    path: Path,
+    stored_dtype: jnp.dtype,
+    scan_layers: bool,
+    mesh: Mesh | None,
+    rules: Rules,
+    verify: bool,
+) -> tuple[Any, Any]:
+    """`load` after the checks of its arguments."""
+    if has_quantized_weights(path, _LOAD):
+        if mesh is not None:
+            raise ValueError(
+                f"jaxq.models.load: {path} is quantized, and mesh= is for float "
+                "checkpoints. Load it without mesh=, and call jaxq.sharding.place."
+            )
+        return _load_quantized(path, stored_dtype, scan_layers, verify)
+    config_text = read_text(require_file(path, CONFIG, _LOAD), _LOAD)
+    model_type, config = _parse_config(path / CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.
     tokenizer = _load_tokenizer(path / "tokenizer.json")
     with contextlib.ExitStack() as stack:
-        files = _open_tensors(path, stack, verify)
-        # A save that replaced the directory meanwhile wrote another config.
-        if _read_text(_require_file(path, _CONFIG)) != config_text:
-            raise ValueError(
-                f"jaxq.models.load: {path} changed while it was read. Load it again."
-            )
-        naming = _naming_in(files, naming_of(model_type))
-        tensors = _checked_tensors(path, config, naming, files)
-        model = nnx.eval_shape(
-            lambda: make_model(
-                config, dtype=stored_dtype, param_dtype=stored_dtype, rngs=nnx.Rngs(0)
-            )
-        )
+        files = open_weights(path, stack, _LOAD, verify=verify)
+        _check_unchanged(path, config_text)
+        headers = {name: file.headers[name] for name, file in files.items()}
+        tensors = _checked_tensors(path, config, model_type, headers)
+        model = _abstract_model(config, stored_dtype)
         if _HEAD in files and _has_tied_head(config):
             _check_stored_head(path, tensors[_EMBEDDING_PATH][()].name, files)
         if mesh is None:
@@ -158,6 +193,35 @@ def load(
         else:
             model = _model_on_mesh(model, tensors, files, mesh, rules)
     return model, tokenizer
+
+
+def _load_own(
+    path: Path,
+    quantization: Mapping[str, Any],
+    dtype: Any,
+    scan_layers: bool,
+    **where: Any,
+) -> tuple[Any, Any]:
+    """`load` for a directory whose weights jaxq has quantized."""
+    config_text = read_text(require_file(path, CONFIG, _LOAD), _LOAD)
+    entries = parse_json(path / CONFIG, config_text)
+    entries.pop("quantization_config", None)
+    _, config = _parse_config(path / CONFIG, entries, scan_layers)
+    tokenizer = _load_tokenizer(path / "tokenizer.json")
+    weights = require_file(path, SINGLE, _LOAD)
+    model = read_quantized(
+        weights, config, quantization, _abstract_model, dtype, **where
+    )
+    _check_unchanged(path, config_text)
+    return model, tokenizer
+
+
+def _check_unchanged(path: Path, config_text: str) -> None:
+    """Raises if a save replaced the directory meanwhile: it wrote another config."""
+    if read_text(require_file(path, CONFIG, _LOAD), _LOAD) != config_text:
+        raise ValueError(
+            f"jaxq.models.load: {path} changed while it was read. Load it again."
+        )
 
 
 def save(
@@ -171,8 +235,10 @@ def save(
     """Writes a directory that `load` and `transformers` read.
 
     Writes `config.json` and `model.safetensors`. With a tokenizer it also writes
-    `tokenizer.json` and `tokenizer_config.json`. If the write fails, the old files stay
-    as they were. If the process is killed while the new files take their places, the
+    `tokenizer.json` and `tokenizer_config.json`. The weights of a quantized model are
+    written as `jaxq.save` writes them, and `config.json` says so. `load` reads them,
+    and `transformers` refuses them. If the write fails, the old files stay as they
+    were. If the process is killed while the new files take their places, the
     directory has no `config.json`, and `load` refuses it. New weights are never read
     with an old config.
 
@@ -180,15 +246,16 @@ def save(
         path: the directory. It is made if it does not exist. Files of these names in
             it are overwritten. A `model.safetensors.index.json` is removed, because it
             names the weights of an earlier model.
-        model: a `Decoder` with float weights. Use `jaxq.save` for a quantized model.
+        model: a `Decoder` with float or quantized weights.
         tokenizer: a `tokenizers.Tokenizer`, or None to write no tokenizer.
-        dtype: the tensors are rounded to it.
+        dtype: the tensors are rounded to it. A quantized model keeps its dtypes.
         **config: more entries of `config.json`, such as `eos_token_id=0`.
 
     Raises:
-        ValueError: the parameters are not those of a float `Decoder`; no Hugging Face
+        ValueError: the parameters are not those of a `Decoder`; no Hugging Face
             architecture has the features of its config; or a layer transforms its
-            inputs (`rotate` with `online=`), because the files cannot express that;
+            inputs (`rotate` with `online=`), because the files cannot express that. A
+            quantized model can have the transform `jaxq.methods.hadamard`;
             or `dtype` is not a float dtype of at least 16 bits.
         OSError: the directory cannot be made, or a file cannot be written. The error
             names it.
@@ -202,7 +269,7 @@ def save(
         ['config.json', 'model.safetensors']
     """
     transforms = input_transforms(model)
-    if transforms:
+    if transforms and not (is_quantized(model) and transforms_are_known(model)):
         layer, name = next(iter(transforms.items()))
         raise ValueError(
             f"jaxq.models.save: {len(transforms)} layers transform their inputs, for "
@@ -216,19 +283,52 @@ def save(
             f"{stored_dtype.name}."
         )
     entries = model.config.to_hf()
-    tensors = _file_tensors(model, naming_of(entries["model_type"]), stored_dtype)
+    naming = naming_of(entries["model_type"])
     entries |= {"dtype": stored_dtype.name} | config
-    texts = {_CONFIG: _json_text(entries)}
+    metadata = {"format": "pt"}
+    if is_quantized(model):
+        tensors, metadata = model_as_file(model)
+        entries |= quantization_entries(model)
+    else:
+        tensors = _file_tensors(model, naming, stored_dtype)
+    texts = {CONFIG: _json_text(entries)}
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
         texts["tokenizer_config.json"] = _json_text(_TOKENIZER_CONFIG)
     path = Path(path)
     with naming_errors(path, _SAVE, "the directory cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
-        _write_directory(path, tensors, texts)
+        write_directory(path, {SINGLE: lambda: tensors}, texts, _SAVE, metadata)
+
+
+def _load_quantized(
+    path: Path, dtype: np.dtype, scan_layers: bool, verify: bool
+) -> tuple[Any, Any]:
+    """`load` for a directory whose weights another library has quantized."""
+    with read_checkpoint(path, verify=verify, caller=_LOAD) as checkpoint:
+        tokenizer = None
+        if checkpoint.tokenizer is not None:
+            tokenizer = _parse_tokenizer(path, checkpoint.tokenizer)
+        entries = dict(checkpoint.config)
+        entries.pop("quantization_config", None)
+        file = path / CONFIG if path.is_dir() else path
+        model_type, config = _parse_config(file, entries, scan_layers)
+        headers = headers_of(checkpoint)
+        tensors = _checked_tensors(path, config, model_type, headers)
+        model = _abstract_model(config, dtype)
+        return filled_with_quantized(model, tensors, checkpoint, dtype), tokenizer
+    raise AssertionError  # the block returns or raises
 
 
 # The model's side.
+
+
+def _abstract_model(config: DecoderConfig | EncoderConfig, dtype: np.dtype) -> Any:
+    """A model of shapes."""
+    make_model: Any = Encoder if isinstance(config, EncoderConfig) else Decoder
+    return nnx.eval_shape(
+        lambda: make_model(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
 
 
 def _filled_model(
@@ -238,7 +338,7 @@ def _filled_model(
     graphdef, params = nnx.split(model)
     flat = dict(nnx.to_flat_state(params))
     for path, parts in tensors.items():
-        value = read_part(parts, files, flat[path].dtype, None)
+        value = read_whole(parts, files, flat[path].dtype)
         flat[path] = flat[path].replace(jnp.asarray(value))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -292,11 +392,18 @@ def _file_tensors(
 
 
 def _parse_config(
-    file: Path, text: str, scan_layers: bool
+    file: Path, entries: Any, scan_layers: bool
 ) -> tuple[str, DecoderConfig | EncoderConfig]:
-    """The family and the config of a directory, with errors that name the file."""
+    """The family and the config of a directory, with errors that name the file.
+
+    Args:
+        file: `config.json`.
+        entries: its text, or the JSON that it holds.
+        scan_layers: as in `load`.
+    """
     try:
-        entries = _parse_json(file, text)
+        if isinstance(entries, str):
+            entries = parse_json(file, entries)
         if isinstance(entries, dict) and entries.get("model_type") == "bert":
             return "bert", _encoder_config(file.parent, entries, scan_layers)
         config = DecoderConfig.from_hf(entries, scan_layers=scan_layers)
@@ -321,7 +428,7 @@ def _encoder_config(
         if kind == "Normalize":
             options["normalizes"] = True
         elif kind == "Pooling":
-            file = path / str(module.get("path")) / _CONFIG
+            file = path / str(module.get("path")) / CONFIG
             options["pooling"] = _pooling(file)
         elif kind != "Transformer":
             raise ValueError(
@@ -346,64 +453,18 @@ def _pooling(file: Path) -> str:
 
 def _read_optional_json(path: Path) -> Any:
     """The content of a JSON file, or None if there is no file."""
-    return _parse_json(path, _read_text(path)) if is_file(path, _LOAD) else None
-
-
-def _require_file(path: Path, name: str) -> Path:
-    if is_file(path / name, _LOAD):
-        return path / name
-    if name == _CONFIG and _is_interrupted(path):
-        raise FileNotFoundError(
-            f"{_LOAD}: {path} has no {name}, because a save was interrupted or still "
-            f"runs. {_remaining(path)} Save the model again."
-        )
-    raise FileNotFoundError(
-        f"{_LOAD}: {path} has no {name}; expected a Hugging Face model directory. "
-        "Check the path, or download the directory again."
-    )
-
-
-def _is_interrupted(path: Path) -> bool:
-    """Whether a directory has the temporary files of a save that did not end."""
-    try:
-        return bool(leftovers(path))
-    except OSError:  # the directory does not exist, or cannot be listed
-        return False
-
-
-def _remaining(path: Path) -> str:
-    """What an interrupted save has left in a directory."""
-    names = sorted(file.name for file in path.iterdir() if file.name[0] != ".")
-    if not names:
-        return "The directory has no other file."
-    return (
-        f"The files that remain are {', '.join(names)}. They may be those of the old "
-        "model or those of the new one."
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with naming_errors(path, _LOAD, "the file cannot be read"):
-            data = path.read_bytes()
-        return data.decode()
-    except ValueError as error:
-        raise ValueError(
-            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
-        ) from error
-
-
-def _parse_json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Download it again.") from error
+    return parse_json(path, read_text(path, _LOAD)) if is_file(path, _LOAD) else None
 
 
 def _load_tokenizer(path: Path) -> Any:
     """The tokenizer of a file, or None if there is no file."""
     if not is_file(path, _LOAD):
         return None
+    return _parse_tokenizer(path, read_text(path, _LOAD))
+
+
+def _parse_tokenizer(path: Path, text: str) -> Any:
+    """The tokenizer of the text of `tokenizer.json`."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -412,83 +473,16 @@ def _load_tokenizer(path: Path) -> Any:
             "pip install jaxq[hf]"
         ) from error
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(text)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(
             f"jaxq.models.load: {path} is damaged: {error}. Download it again."
         ) from error
 
 
-def _open_tensors(
-    path: Path, stack: contextlib.ExitStack, verify: bool
-) -> dict[str, TensorFile]:
-    """The open file of each tensor, by the tensor's name.
-
-    Raises:
-        FileNotFoundError: a weight file is missing.
-        ValueError: the index or a weight file is damaged; a tensor is not in the file
-            that the index names, or is in two files.
-    """
-    index_path = path / _INDEX
-    index = _read_index(index_path) if is_file(index_path, _LOAD) else None
-    names = [_SINGLE] if index is None else sorted(set(index.values()))
-    tensors: dict[str, TensorFile] = {}
-    for file_name in names:
-        file_path = _require_file(path, file_name)
-        file = TensorFile(file_path, "jaxq.models.load", verify=verify)
-        stack.enter_context(file)
-        for name in file.headers:
-            if name in tensors:
-                raise ValueError(
-                    f"jaxq.models.load: {path}: {name} is both in "
-                    f"{tensors[name].path.name} and in {file_name}. Remove it from one "
-                    "of the files."
-                )
-            tensors[name] = file
-    lost = [
-        f"{name} is not in {file_name}"
-        for name, file_name in sorted((index or {}).items())
-        if name not in tensors or tensors[name].path.name != file_name
-    ]
-    if lost:
-        raise ValueError(
-            f"jaxq.models.load: {index_path} is damaged: {_listed(lost)}. Download it "
-            "again."
-        )
-    return tensors
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The file name of each tensor, by the tensor's name."""
-    try:
-        index = _parse_json(path, _read_text(path))
-    except ValueError as error:
-        raise ValueError(f"jaxq.models.load: {error}") from error
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not _are_names(files.values()):
-        raise ValueError(
-            f"jaxq.models.load: {path} is damaged: it has no weight_map that "
-            "names the file of each tensor. Download it again."
-        )
-    for name, file_name in files.items():
-        # An index of a stranger must not reach files outside its directory.
-        is_plain = file_name == Path(file_name).name and "\\" not in file_name
-        if not is_plain or "\0" in file_name or file_name in ("", ".."):
-            raise ValueError(
-                f"jaxq.models.load: {path} names the file {file_name!r} for {name}. "
-                "Weight files must be in the directory of the index. Move the file "
-                "there, and correct the index."
-            )
-    return files
-
-
-def _are_names(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _naming_in(files: Mapping[str, TensorFile], naming: Naming) -> Naming:
+def _naming_in(names: Iterable[str], naming: Naming) -> Naming:
     """The naming of the files, some of which leave out the prefix."""
-    has_prefix = any(name.startswith(naming.prefix) for name in files)
+    has_prefix = any(name.startswith(naming.prefix) for name in names)
     if naming.is_prefix_optional and not has_prefix:
         return dataclasses.replace(naming, prefix="")
     return naming
@@ -501,8 +495,8 @@ def _has_tied_head(config: DecoderConfig | EncoderConfig) -> bool:
 def _checked_tensors(
     path: Path,
     config: DecoderConfig | EncoderConfig,
-    naming: Naming,
-    files: Mapping[str, TensorFile],
+    model_type: str,
+    headers: Mapping[str, TensorHeader],
 ) -> dict[tuple, Parts]:
     """Where each parameter is, after a comparison of the files with the config.
 
@@ -512,13 +506,13 @@ def _checked_tensors(
     Raises:
         ValueError: the tensors are not those of the config.
     """
-    headers = {name: file.headers[name] for name, file in files.items()}
+    naming = _naming_in(headers, naming_of(model_type))
     layer_name = re.compile(re.escape(f"{naming.prefix}{naming.layers}.") + r"(\d+)\.")
     matches = [layer_name.match(name) for name in headers]
     num_layers = len({match.group(1) for match in matches if match})
     if config.num_hidden_layers > num_layers:
         raise ValueError(
-            f"jaxq.models.load: {path / _CONFIG}: num_hidden_layers is "
+            f"jaxq.models.load: {path / CONFIG}: num_hidden_layers is "
             f"{config.num_hidden_layers}, and the files have the tensors of "
             f"{num_layers} layers. Use the config.json that belongs to the weights."
         )
@@ -568,14 +562,7 @@ def _mismatches(
         "wrong shapes": wrong_shapes,
         f"dtypes other than {', '.join(_FLOAT_DTYPES)}": wrong_dtypes,
     }
-    return [f"{kind}: {_listed(lines)}" for kind, lines in tensors_of.items() if lines]
-
-
-def _listed(lines: list[str]) -> str:
-    """The first lines of a list that can be very long."""
-    more = len(lines) - _MOST_LINES
-    end = f" and {more} more" if more > 0 else ""
-    return ", ".join(lines[:_MOST_LINES]) + end
+    return [f"{kind}: {listed(lines)}" for kind, lines in tensors_of.items() if lines]
 
 
 def _check_stored_head(
@@ -605,36 +592,3 @@ def _check_stored_head(
 
 def _json_text(entries: Mapping[str, Any]) -> str:
     return json.dumps(entries, indent=2, sort_keys=True) + "\n"
-
-
-def _write_directory(
-    path: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
-) -> None:
-    """Writes all files of a directory, so that `load` sees all of them or none.
-
-    The files are written beside their targets first. This is where a disk can be full.
-    Then they take their places, which needs a few renames. A directory is read by its
-    config, so the old config goes first and the new one comes last. If the process is
-    killed between the two, the directory has no config.
-    """
-    for name in (_SINGLE, *texts):
-        remove_leftovers(path, name)
-    with contextlib.ExitStack() as stack:
-        weights = stack.enter_context(NewFile(path / _SINGLE, _SAVE))
-        write_tensors(weights, tensors, {"format": "pt"})
-        weights.sync()
-        new_texts = {}
-        for name, text in texts.items():
-            new_texts[name] = stack.enter_context(NewFile(path / name, _SAVE))
-            new_texts[name].write(text.encode())
-            new_texts[name].sync()
-        new_config = new_texts.pop(_CONFIG)
-        with locked_folder(path):
-            (path / _CONFIG).unlink(missing_ok=True)
-            sync_folder(path)
-            # The index of an earlier model names other weight files.
-            (path / _INDEX).unlink(missing_ok=True)
-            for new_file in (weights, *new_texts.values()):
-                new_file.replace()
-            sync_folder(path)
-            new_config.replace()

@@ -1,9 +1,9 @@
-"""The parameters of a model on a mesh, read from files part by part."""
+"""The parameters of a model, read from files whole or shard by shard."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from jaxq.files import TensorFile
 from jaxq.models._tensor_map import Parts
-from jaxq.sharding import Rules, array_from_parts, shardings_of
+from jaxq.serialization import Index, read_shards
+from jaxq.sharding import Rules, shardings_of
 
 
 def read_on_mesh(
@@ -37,41 +38,64 @@ def read_on_mesh(
     values = {}
     for path, parts in tensors.items():
         shape, dtype = flat[path].shape, flat[path].dtype
-        read = functools.partial(read_part, parts, files, dtype)
+        read = functools.partial(_read, parts, files, dtype)
         at = shardings[path].get_value()
-        values[path] = array_from_parts(shape, dtype, at, read)
+        values[path] = read_shards(shape, dtype, at, read)
     return values
 
 
-def read_part(
+def read_whole(
+    parts: Parts, files: Mapping[str, TensorFile], dtype: np.dtype
+) -> np.ndarray:
+    """A parameter, whose layers and experts are stacked or not."""
+    if () in parts:
+        return parts[()].read(files).astype(dtype)
+    # The largest index on each leading axis, of layers or of experts.
+    sizes = [number + 1 for number in max(parts)]
+    stack = None
+    for number, part in parts.items():
+        value = part.read(files)
+        if stack is None:
+            stack = np.empty((*sizes, *value.shape), dtype)
+        stack[number] = value.astype(dtype)
+    assert stack is not None
+    return stack
+
+
+def _read(
     parts: Parts,
     files: Mapping[str, TensorFile],
     dtype: np.dtype,
-    index: tuple[slice, ...] | None,
-) -> np.ndarray:
-    """A part of a parameter, whose layers and experts are stacked or not.
-
-    Args:
-      parts: the tensors of the parameter.
-      files: the open file of each tensor.
-      dtype: of the result.
-      index: a slice with step 1 for each axis of the parameter. None means all.
-    """
+    indices: Sequence[Index],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Shards of a parameter, whose layers and experts are stacked or not."""
     if () in parts:
-        return parts[()].read(files, index).astype(dtype)
-    # The largest index on each leading axis, of layers or of experts.
+        for place, shard in parts[()].read_parts(files, indices):
+            yield place, shard.astype(dtype)
+        return
     sizes = [number + 1 for number in max(parts)]
-    if index is None:
-        numbers, within = [range(size) for size in sizes], None
-    else:
-        numbers = [range(size)[part] for size, part in zip(sizes, index, strict=False)]
-        within = index[len(sizes) :]
-    stack = None
-    for place in np.ndindex(*map(len, numbers)):
-        number = tuple(axis[i] for axis, i in zip(numbers, place, strict=True))
-        value = parts[number].read(files, within)
-        if stack is None:
-            stack = np.empty((*map(len, numbers), *value.shape), dtype)
-        stack[place] = value.astype(dtype)
-    assert stack is not None
-    return stack
+    # The numbers of the layers and experts of each shard, by axis.
+    numbers = [
+        [range(size)[axis] for size, axis in zip(sizes, index, strict=False)]
+        for index in indices
+    ]
+    missing = [np.prod([len(axis) for axis in axes]) for axes in numbers]
+    shards: dict[int, np.ndarray] = {}
+    for number, part in parts.items():
+        places = [
+            place
+            for place, axes in enumerate(numbers)
+            if all(i in axis for i, axis in zip(number, axes, strict=True))
+        ]
+        within = [indices[place][len(sizes) :] for place in places]
+        for i, value in part.read_parts(files, within):
+            place = places[i]
+            axes = numbers[place]
+            if place not in shards:
+                lead = [len(axis) for axis in axes]
+                shards[place] = np.empty((*lead, *value.shape), dtype)
+            own = tuple(axis.index(n) for n, axis in zip(number, axes, strict=True))
+            shards[place][own] = value.astype(dtype)
+            missing[place] -= 1
+            if not missing[place]:
+                yield place, shards.pop(place)

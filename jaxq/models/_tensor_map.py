@@ -7,7 +7,7 @@ directions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,25 +44,40 @@ class TensorPart(NamedTuple):
     is_transposed: bool
     offset: float
 
-    def read(
-        self, files: Mapping[str, TensorFile], index: tuple[slice, ...] | None = None
-    ) -> np.ndarray:
-        """The numbers of the parameter, or of a part of it.
+    @property
+    def is_whole(self) -> bool:
+        """Whether the part is the whole tensor."""
+        return self.step == 1 and self.stop - self.start == self.shape[self.axis]
+
+    def read(self, files: Mapping[str, TensorFile]) -> np.ndarray:
+        """The numbers of the parameter.
 
         Args:
             files: the open file of each tensor.
-            index: a slice with step 1 for each axis of the parameter. None means all.
         """
-        file = files[self.name]
-        is_whole = self.step == 1 and self.stop - self.start == self.shape[self.axis]
-        if index is None and is_whole:
-            value = file.read(self.name)
-        else:
-            where = self._file_index(index)
-            # A file reads without steps.
-            bounds = tuple(slice(part.start, part.stop) for part in where)
-            steps = tuple(slice(None, None, part.step) for part in where)
-            value = file.read_part(self.name, bounds)[steps]
+        if self.is_whole:
+            return self.of_model(files[self.name].read(self.name))
+        everything = tuple(slice(None) for _ in self.shape)
+        return next(self.read_parts(files, [everything]))[1]
+
+    def read_parts(
+        self, files: Mapping[str, TensorFile], indices: Sequence[tuple[slice, ...]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The place in `indices` and the numbers of parts of the parameter.
+
+        Args:
+            files: the open file of each tensor.
+            indices: of each part, a slice with step 1 for each axis of the parameter.
+        """
+        where = [self.file_index(index) for index in indices]
+        # A file reads without steps.
+        bounds = [tuple(slice(p.start, p.stop) for p in index) for index in where]
+        for place, value in files[self.name].read_parts(self.name, bounds):
+            steps = tuple(slice(None, None, part.step) for part in where[place])
+            yield place, self.of_model(value[steps])
+
+    def of_model(self, value: np.ndarray) -> np.ndarray:
+        """Numbers of the file as numbers of the model."""
         if self.offset:
             value = value.astype(np.float32) + np.float32(self.offset)
         return value.T if self.is_transposed else value
@@ -82,8 +97,8 @@ class TensorPart(NamedTuple):
         value = value.T if self.is_transposed else value
         if self.offset:
             value = value.astype(np.float32) - np.float32(self.offset)
-        whole = tensors[self.name]
-        whole[self._file_index(None)] = value.astype(dtype)
+        everything = tuple(slice(None) for _ in self.shape)
+        tensors[self.name][self.file_index(everything)] = value.astype(dtype)
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -92,13 +107,10 @@ class TensorPart(NamedTuple):
         shape[self.axis] = len(range(self.start, self.stop, self.step))
         return tuple(shape[::-1] if self.is_transposed else shape)
 
-    def _file_index(self, index: tuple[slice, ...] | None) -> tuple[slice, ...]:
+    def file_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """Where a part of the parameter is in the tensor."""
-        if index is None:
-            bounds = [(0, size) for size in self.value_shape]
-        else:
-            sizes = zip(index, self.value_shape, strict=True)
-            bounds = [part.indices(size)[:2] for part, size in sizes]
+        sizes = zip(index, self.value_shape, strict=True)
+        bounds = [part.indices(size)[:2] for part, size in sizes]
         if self.is_transposed:
             bounds.reverse()
         where = [slice(*bound) for bound in bounds]

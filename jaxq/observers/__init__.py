@@ -22,6 +22,7 @@ from jaxq.observers._layer_stats import NUM_HELD_OUT as NUM_HELD_OUT
 from jaxq.observers._layer_stats import NUM_SAMPLES as NUM_SAMPLES
 from jaxq.observers._layer_stats import LayerStats
 from jaxq.observers._layer_stats import empty_stats as empty_stats
+from jaxq.observers._layer_stats import merge_stats as merge_stats
 from jaxq.observers._layer_stats import scaled_stats as scaled_stats
 from jaxq.observers._layer_stats import update_stats as update_stats
 from jaxq.observers._mse import MeanSquaredError as MeanSquaredError

@@ -215,6 +215,94 @@ def _update_stats(
     )
 
 
+def merge_stats(
+    a: LayerStats, b: LayerStats, observer: Observer | None = None
+) -> LayerStats:
+    """The statistics of the rows of both, for example of two parts of the data.
+
+    Counts, means, extremes and second moments are those of all rows, up to rounding.
+    The samples are a sample of all rows.
+
+    Args:
+      a: statistics with any leading axes.
+      b: statistics of the same shapes, made with the same observer.
+      observer: the observer that made the states `observed`, or None.
+
+    Returns:
+      The merged statistics.
+
+    Raises:
+      ValueError: the shapes or the fields differ; or there are states of an observer,
+        and `observer` is None.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq.observers import empty_stats, merge_stats, update_stats
+      >>> def stats(x):
+      ...     counts, parts = jnp.ones(len(x), bool), jnp.zeros(len(x), int)
+      ...     return update_stats(empty_stats(1), x, counts, parts)
+      >>> both = merge_stats(stats(jnp.ones((3, 1))), stats(jnp.zeros((1, 1))))
+      >>> float(both.count), float(both.mean[0])
+      (4.0, 0.75)
+    """
+    shapes = [jax.tree.map(jnp.shape, stats) for stats in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "merge_stats: the two statistics have different shapes or fields. Collect "
+            "both for the same layer and with the same settings."
+        )
+    if a.observed is not None and observer is None:
+        raise ValueError(
+            "merge_stats: the statistics have the state of an observer. Pass "
+            "observer=, the observer that made both."
+        )
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)  # of the rows that `b` has
+
+    def mean(left: jax.Array, right: jax.Array) -> jax.Array:
+        missing_axes = (1,) * (left.ndim - share.ndim)
+        return left + (right - left) * share.reshape(*share.shape, *missing_axes)
+
+    samples = _merge_rows(a.samples, a.sample_ranks, b.samples, b.sample_ranks)
+    held_out = _merge_rows(a.held_out, a.held_out_ranks, b.held_out, b.held_out_ranks)
+    observed, patches, hessian = None, None, None
+    if a.hessian is not None and b.hessian is not None:
+        hessian = mean(a.hessian, b.hessian)
+    if observer is not None and a.observed is not None:
+        merge = observer.merge
+        for _ in range(count.ndim):
+            merge = jax.vmap(merge)
+        observed = merge(a.observed, b.observed)
+    if a.patches is not None:
+        patches = merge_stats(a.patches, b.patches)
+    return LayerStats(
+        count=count,
+        mean=mean(a.mean, b.mean),
+        absmean=mean(a.absmean, b.absmean),
+        low=jnp.minimum(a.low, b.low),
+        high=jnp.maximum(a.high, b.high),
+        hessian=hessian,
+        samples=samples[0],
+        sample_ranks=samples[1],
+        held_out=held_out[0],
+        held_out_ranks=held_out[1],
+        num_calls=a.num_calls + b.num_calls,
+        observed=observed,
+        patches=patches,
+    )
+
+
+def _merge_rows(
+    rows: jax.Array, ranks: jax.Array, more_rows: jax.Array, more_ranks: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The rows of highest rank of two samples `[..., size, K]`, and their ranks."""
+    size = rows.shape[-2]
+    all_ranks = jnp.concatenate([ranks, more_ranks], axis=-1)
+    all_rows = jnp.concatenate([rows, more_rows], axis=-2)
+    best, place = lax.top_k(all_ranks, size)
+    return jnp.take_along_axis(all_rows, place[..., None], axis=-2), best
+
+
 def scaled_stats(stats: LayerStats, factors: jax.Array) -> LayerStats:
     """The statistics of the same inputs, multiplied by one factor for each channel.
 

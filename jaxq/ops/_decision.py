@@ -496,6 +496,38 @@ def _why_not_groups(lhs: CodesFacts, rhs: CodesFacts) -> str | None:
     return None
 
 
+def plan_of_term(plan: Plan, lhs: Any, rhs: Any) -> Plan:
+    """The plan of a product of parts, if the products are summed over devices.
+
+    The terms are not rounded before the sum. If codes are multiplied and each row has
+    one scale, the terms are int32 and are scaled after the sum. So the result has the
+    bits of one device.
+
+    Args:
+      plan: the plan of the whole product.
+      lhs: the whole left operand after the preparations `plan.before`.
+      rhs: the whole right operand.
+    """
+    sides = facts_of(lhs), facts_of(rhs)
+    is_integer = plan.path == "codes" and _has_integer_sum(*sides)
+    return dataclasses.replace(plan, result="int32" if is_integer else "float32")
+
+
+def _has_integer_sum(lhs: Facts, rhs: Facts) -> bool:
+    """True if int32 holds the whole sum of codes, and rows have one scale."""
+    for operand in (lhs, rhs):
+        if not isinstance(operand, CodesFacts) or operand.fmt.kind != "integer":
+            return False
+        if row_shapes(operand)["scale"].shape[-1] != 1:
+            return False
+    assert isinstance(lhs, CodesFacts)
+    assert isinstance(rhs, CodesFacts)
+    longest = largest_exact_length(
+        row_meta(lhs.meta), lhs.symmetric, row_meta(rhs.meta), rhs.symmetric
+    )
+    return rhs.meta.geometry.contracted_size <= longest
+
+
 # Kernels.
 
 

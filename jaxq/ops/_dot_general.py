@@ -7,7 +7,6 @@ axes, n free axes of the weight.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxq import kernels
 from jaxq.meshes import (
@@ -26,8 +25,8 @@ from jaxq.meshes import (
     call_on_auto_axes,
     explicit_spec,
 )
-from jaxq.ops._activations import ActivationAxes, multiply_quantized
-from jaxq.ops._decision import plan_dot, result_dtype
+from jaxq.ops._activations import activation_axes, multiply_quantized
+from jaxq.ops._decision import plan_dot, plan_of_term, result_dtype
 from jaxq.ops._decoded import multiply_decoded
 from jaxq.ops._dimension_numbers import (
     DimensionNumbers,
@@ -37,10 +36,11 @@ from jaxq.ops._dimension_numbers import (
     mirrored,
     nonnegative,
 )
-from jaxq.ops._input_scale import scale_operand
+from jaxq.ops._input_scale import scale_operand, scale_over_mesh
+from jaxq.ops._on_parts import call_on_parts
 from jaxq.ops._operands import Operand, as_operands, check_float_partner
 from jaxq.ops._outlier_columns import split_outlier_columns
-from jaxq.ops._parts import PartLayout, gathers_codes, part_layout
+from jaxq.ops._part_layout import PartLayout, gathers_codes, part_layout
 from jaxq.ops._plan import Plan, Preparation
 from jaxq.ops._trained import (
     fake_quant_activation,
@@ -182,7 +182,7 @@ def _multiply_trained(
       out_sharding: as in `dot_general`.
       swapped: True if the weight is the left operand.
     """
-    axes = _activation_axes(x, dims, swapped=swapped)
+    axes = activation_axes(x.ndim, dims, swapped=swapped)
 
     def multiply(x: jax.Array, weight: QTensor | jax.Array) -> jax.Array:
         lhs, rhs = (weight, x) if swapped else (x, weight)
@@ -211,20 +211,6 @@ def _multiply_trained(
     return multiply_trained(x, weight, multiply, fake_input, has_batch=has_batch)
 
 
-def _activation_axes(
-    x: jax.Array, dims: DimensionNumbers, *, swapped: bool
-) -> ActivationAxes:
-    """The roles of the axes of the float operand of a product."""
-    x_side, weight_side = (1, 0) if swapped else (0, 1)
-    order, quantized_dims = batch_first(x.ndim, dims, x_side)
-    return ActivationAxes(
-        order=tuple(order),
-        contracting=tuple(quantized_dims[0][x_side]),
-        num_batch=len(dims[1][x_side]),
-        range_axes=tuple(dims[1][weight_side]),
-    )
-
-
 # Carrying out a plan.
 
 
@@ -237,9 +223,10 @@ def _multiply_over_mesh(
 ) -> jax.Array:
     """Carries out a plan on a mesh with explicit axes.
 
-    Each device multiplies its parts of the operands. XLA partitions the product instead
-    if there are preparations, if the mesh has axes of other types too, or if a part
-    would cut blocks of the weight.
+    Preparations are carried out on the whole operands. Then each device multiplies its
+    parts. XLA partitions the product and its preparations instead if the mesh has axes
+    of other types too. XLA partitions the product if a part would cut blocks of the
+    weight.
 
     Args:
       plan: the plan of the whole product.
@@ -253,7 +240,9 @@ def _multiply_over_mesh(
     """
     axis_names = (_axes_of(lhs), _axes_of(rhs))
     mesh = all_explicit_mesh((lhs, rhs))
-    if mesh is not None and not steps:
+    if mesh is not None and steps:
+        return _multiply(plan, steps, lhs, rhs, dims=dims)
+    if mesh is not None:
         layout = part_layout(lhs, rhs, dims, axis_names, mesh)
         if layout is not None:
             return _multiply_parts(lhs, rhs, plan, dims, layout, mesh)
@@ -276,27 +265,18 @@ def _multiply_parts(
     mesh: Any,
 ) -> jax.Array:
     """The product of operands on explicit mesh axes, as `layout` says."""
-    if layout.summed and plan.result not in ("float32", "int32"):
-        # The terms of a sum are not rounded.
-        plan = dataclasses.replace(plan, result="float32")
-
-    def multiply(lhs: Any, rhs: Any) -> jax.Array:
-        y = _multiply(plan, (), lhs, rhs, dims=dims)
-        return lax.psum(y, layout.summed) if layout.summed else y
+    if layout.summed:
+        plan = plan_of_term(plan, lhs, rhs)
 
     def product(lhs: Any, rhs: Any) -> jax.Array:
+        multiply = functools.partial(
+            _multiply, plan, (), dims=dims, summed=layout.summed
+        )
         in_specs = tuple(
             leaf_specs(operand, spec) if isinstance(operand, QTensor) else spec
             for operand, spec in zip((lhs, rhs), layout[:2], strict=True)
         )
-        operands = jax.tree.map(
-            lambda leaf, spec: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)),
-            (lhs, rhs),
-            in_specs,
-        )
-        return jax.shard_map(
-            multiply, mesh=mesh, in_specs=in_specs, out_specs=layout.out
-        )(*operands)
+        return call_on_parts(multiply, mesh, in_specs, layout.out, lhs, rhs)
 
     gathers = [
         gathers_codes(operand, _axes_of(operand), spec)
@@ -322,10 +302,20 @@ def _multiply(
     rhs: Any,
     *,
     dims: DimensionNumbers,
+    summed: tuple[str, ...] = (),
 ) -> jax.Array:
     """Carries out a plan: first the preparations `steps`, then the product.
 
     Each call makes one preparation and calls itself with the other steps.
+
+    Args:
+      plan: the plan.
+      steps: preparations that are not carried out yet.
+      lhs: the left operand.
+      rhs: the right operand.
+      dims: dimension numbers of these operands.
+      summed: the mesh axes over which products are summed, inside `jax.shard_map`.
+        There are no preparations then.
     """
     if steps:
         step, *later = steps
@@ -333,19 +323,19 @@ def _multiply(
         if step == "dequantize_left":
             return _multiply_over_mesh(plan, rest, dequantize(lhs), rhs, dims)
         if step == "scale_left":
-            lhs, rhs = scale_operand(lhs, rhs, dims, swapped=False)
+            lhs, rhs = scale_over_mesh(lhs, rhs, dims, swapped=False)
             return _multiply_over_mesh(plan, rest, lhs, rhs, dims)
         if step == "scale_right":
-            rhs, lhs = scale_operand(rhs, lhs, dims, swapped=True)
+            rhs, lhs = scale_over_mesh(rhs, lhs, dims, swapped=True)
             return _multiply_over_mesh(plan, rest, lhs, rhs, dims)
         if step == "quantize_left":
             return _multiply_activation(plan, rest, lhs, rhs, dims, swapped=False)
         return _multiply_activation(plan, rest, rhs, lhs, dims, swapped=True)
     product = _multiply_codes if plan.path == "codes" else _multiply_weight
-    if not plan.swapped:
-        return product(plan, lhs, rhs, dims)
-    y = product(plan, rhs, lhs, mirrored(dims))
-    return _with_sides_changed(y, rhs, mirrored(dims))
+    if plan.swapped:
+        y = product(plan, rhs, lhs, mirrored(dims), summed)
+        return _with_sides_changed(y, rhs, mirrored(dims))
+    return product(plan, lhs, rhs, dims, summed)
 
 
 def _with_sides_changed(
@@ -381,7 +371,7 @@ def _multiply_activation(
     _, quantized_dims = batch_first(x.ndim, dims, x_side)
     if swapped:
         quantized_dims = mirrored(quantized_dims)  # the activation is on the left
-    axes = _activation_axes(x, dims, swapped=swapped)
+    axes = activation_axes(x.ndim, dims, swapped=swapped)
 
     def codes_product(activation: QTensor, weight: QTensor) -> jax.Array:
         y = _multiply_over_mesh(plan, steps, activation, weight, quantized_dims)
@@ -396,28 +386,43 @@ def _multiply_activation(
         return multiply_quantized(x, weight, axes, codes_product, float_product)
     bound = (*dims[0][x_side], *dims[1][x_side])
     free = [axis for axis in range(x.ndim) if axis not in bound]
-    ordinary, outliers = split_outlier_columns(x, plan.outliers, free)
+    split = functools.partial(
+        split_outlier_columns, threshold=plan.outliers, free_axes=free
+    )
+    x_spec = PartitionSpec(*explicit_spec(x))
+    ordinary, outliers = call_on_auto_axes(split, (x_spec, x_spec), x)
     low = multiply_quantized(ordinary, weight, axes, codes_product, float_product)
-    return low + float_product(outliers, weight.with_activation(None))
+    high = float_product(outliers, weight.with_activation(None))
+    low_spec = PartitionSpec(*explicit_spec(low))
+    return call_on_auto_axes(jnp.add, low_spec, low, high)
 
 
 def _multiply_codes(
-    plan: Plan, lhs: QTensor, rhs: QTensor, dims: DimensionNumbers
+    plan: Plan,
+    lhs: QTensor,
+    rhs: QTensor,
+    dims: DimensionNumbers,
+    summed: tuple[str, ...],
 ) -> jax.Array:
     """`[b, free of lhs, free of rhs]`, float32, from the codes of both operands."""
     num_batch = len(dims[1][0])
 
     def multiply_rows(lhs: QTensor, rhs: QTensor) -> jax.Array:
         (lhs_rows, lhs_meta), (rhs_rows, rhs_meta) = weight_rows(lhs), weight_rows(rhs)
-        if plan.x_dtype is not None:
-            x = lhs_rows.data
-            if plan.x_dtype != "int8":
-                codes = lax.bitcast_convert_type(x, jnp.dtype(lhs_meta.fmt.name))
-                x = codes.astype(plan.x_dtype)
-            call = kernels.Call(rhs_meta, (), plan.result)
-            sums = kernels.call_matmul(x, rhs_rows, call)
-            return sums * lhs_rows.scale.astype(jnp.float32)
-        return kernels.call_codes(lhs_rows, lhs_meta, rhs_rows, rhs_meta)
+        if plan.result == "int32":
+            # Integers are summed over devices without rounding, and then scaled.
+            sums = _sums_of_codes(plan, lhs_rows, lhs_meta, rhs_rows, rhs_meta)
+            return _scaled_sums(plan, lax.psum(sums, summed), lhs_rows, rhs_rows)
+        if plan.x_dtype is None:
+            y = kernels.call_codes(lhs_rows, lhs_meta, rhs_rows, rhs_meta)
+            return _sum_over_devices(y, summed)
+        x = lhs_rows.data
+        if plan.x_dtype != "int8":
+            codes = lax.bitcast_convert_type(x, jnp.dtype(lhs_meta.fmt.name))
+            x = codes.astype(plan.x_dtype)
+        call = kernels.Call(rhs_meta, (), plan.result)
+        sums = _sum_over_devices(kernels.call_matmul(x, rhs_rows, call), summed)
+        return sums * lhs_rows.scale.astype(jnp.float32)
 
     y = _over_batch(multiply_rows, num_batch)(lhs, rhs)  # [b, m, n]
     lhs_kept, rhs_kept = lhs.meta.geometry.kept, rhs.meta.geometry.kept
@@ -430,10 +435,51 @@ def _multiply_codes(
     return jnp.transpose(y, (*range(num_batch), *middle, *last))
 
 
+def _sums_of_codes(
+    plan: Plan,
+    lhs: kernels.Rows,
+    lhs_meta: kernels.RowMeta,
+    rhs: kernels.Rows,
+    rhs_meta: kernels.RowMeta,
+) -> jax.Array:
+    """int32 `[m, n]`, the products of codes without scales."""
+    rhs = rhs._replace(scale=None)
+    if plan.x_dtype is not None:
+        return kernels.call_matmul(lhs.data, rhs, kernels.Call(rhs_meta, (), "int32"))
+    return kernels.call_codes(lhs._replace(scale=None), lhs_meta, rhs, rhs_meta)
+
+
+def _scaled_sums(
+    plan: Plan, sums: jax.Array, lhs: kernels.Rows, rhs: kernels.Rows
+) -> jax.Array:
+    """The sums of codes times both scales, in the order in which one device scales."""
+    lhs_scale = lhs.scale.astype(jnp.float32)  # [m or 1, 1]
+    rhs_scale = rhs.scale.astype(jnp.float32).T  # [1, n or 1]
+    if plan.x_dtype is not None:
+        return sums.astype(jnp.float32) * rhs_scale * lhs_scale
+    return sums.astype(jnp.float32) * (lhs_scale * rhs_scale)
+
+
+def _sum_over_devices(y: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """The sum over mesh axes; `y` itself if there are none."""
+    return lax.psum(y, names) if names else y
+
+
 def _multiply_weight(
-    plan: Plan, x: jax.Array, weight: QTensor, dims: DimensionNumbers
+    plan: Plan,
+    x: jax.Array,
+    weight: QTensor,
+    dims: DimensionNumbers,
+    summed: tuple[str, ...],
 ) -> jax.Array:
     """`[b, free of x, free of weight]`: floats times a weight, summed in float32."""
+    return _sum_over_devices(_multiply_floats(plan, x, weight, dims), summed)
+
+
+def _multiply_floats(
+    plan: Plan, x: jax.Array, weight: QTensor, dims: DimensionNumbers
+) -> jax.Array:
+    """The product of a device's parts, without the sum over devices."""
     x = x.astype(plan.x_dtype)
     if plan.path == "dequantize":
         product = functools.partial(

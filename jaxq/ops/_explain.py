@@ -23,7 +23,7 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
-from jaxq.ops._plan_on_mesh import mesh_of, plan_on_mesh
+from jaxq.ops._plan_of_parts import mesh_of, plan_of_parts, plan_of_ragged_parts
 from jaxq.ops._platform_choice import known_platform, num_devices_of
 from jaxq.ops._ragged import check_ragged
 from jaxq.qtensor import QTensor, TrainedWeight
@@ -111,9 +111,16 @@ def explain(
             )
         check_ragged(lhs, rhs, _as_described(group_sizes, False), "explain")
         assert isinstance(rhs, QTensor)
-        # Outside of `jax.shard_map` XLA partitions this product on every mesh.
-        num_devices = num_devices if mesh is None else mesh.size
-        return plan_ragged(lhs, rhs, platform, num_devices)
+        if mesh is None or mesh.size == 1:
+            return plan_ragged(lhs, rhs, platform, num_devices)
+
+        def plan_on_one(x: Any, weights: QTensor) -> Plan:
+            return plan_ragged(x, weights, platform)
+
+        plan = plan_of_ragged_parts(lhs, rhs, mesh, plan_on_one)
+        if isinstance(plan, Plan):
+            return plan
+        return _partitioned(plan_ragged(lhs, rhs, platform, mesh.size), plan)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
     else:
@@ -128,24 +135,28 @@ def explain(
     if mesh is None or mesh.size == 1:
         plan = derivative_on_platform if derivative else plan_on_platform
         return plan(lhs, rhs, dims, platform, num_devices)
-    return _plan_on_mesh(lhs, rhs, dims, platform, mesh, derivative)
+    return _plan_of_devices(lhs, rhs, dims, platform, mesh, derivative)
 
 
-def _plan_on_mesh(
+def _plan_of_devices(
     lhs: Any, rhs: Any, dims: Any, platform: str, mesh: Any, derivative: bool
 ) -> Plan:
     """The plan of a product whose parts are on the devices of a mesh."""
     dims = nonnegative(lhs, rhs, dims)
     plan_whole = derivative_on_platform if derivative else plan_on_platform
 
-    def plan_parts(lhs: Any, rhs: Any) -> Plan:
+    def plan_on_one(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
         return plan_whole(lhs, rhs, dims, platform)
 
-    plan = plan_on_mesh(lhs, rhs, dims, mesh, plan_parts, derivative=derivative)
+    plan = plan_of_parts(lhs, rhs, dims, mesh, plan_on_one, derivative=derivative)
     if isinstance(plan, Plan):
         return plan
-    whole = plan_whole(lhs, rhs, dims, platform, mesh.size)
-    return dataclasses.replace(whole, why_no_kernel=f"{whole.why_no_kernel} ({plan})")
+    return _partitioned(plan_whole(lhs, rhs, dims, platform, mesh.size), plan)
+
+
+def _partitioned(plan: Plan, reason: str) -> Plan:
+    """The plan of a product that XLA partitions, with the reason."""
+    return dataclasses.replace(plan, why_no_kernel=f"{plan.why_no_kernel} ({reason})")
 
 
 def _as_described(operand: Any, derivative: bool) -> Any:

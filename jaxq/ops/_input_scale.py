@@ -12,7 +12,9 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxq.meshes import all_explicit_mesh, call_on_auto_axes, explicit_spec
 from jaxq.ops._dimension_numbers import DimensionNumbers, broadcastable
 from jaxq.qtensor import QTensor, TrainedWeight
 
@@ -51,6 +53,30 @@ def scale_operand(
         *weight.batch_shape, *(weight.shape[axis] for axis in along)
     )
     scaled = _scaled(x, broadcastable(factors, x_axes, x.ndim))
+    return scaled, dataclasses.replace(weight, input_scale=None)
+
+
+def scale_over_mesh(
+    x: jax.Array, weight: QTensor, dims: DimensionNumbers, *, swapped: bool
+) -> tuple[jax.Array, QTensor]:
+    """`scale_operand` on a mesh. The result is sharded as `x`.
+
+    Where a device needs factors of other devices, it gets factors and no activations.
+    """
+    mesh, x_spec = all_explicit_mesh((x, weight)), explicit_spec(x)
+    if mesh is not None:
+        x_side = 1 if swapped else 0
+        entries = [x_spec[axis] for axis in dims[1][x_side]]
+        contracted = dims[0][x_side]
+        entries.append(x_spec[contracted[0]] if len(contracted) == 1 else None)
+        at = NamedSharding(mesh, PartitionSpec(*entries))
+        factors = jax.sharding.reshard(weight.input_scale, at)
+        weight = dataclasses.replace(weight, input_scale=factors)
+
+    def scale(x: jax.Array, weight: QTensor) -> jax.Array:
+        return scale_operand(x, weight, dims, swapped=swapped)[0]
+
+    scaled = call_on_auto_axes(scale, PartitionSpec(*x_spec), x, weight)
     return scaled, dataclasses.replace(weight, input_scale=None)
 
 

@@ -73,11 +73,13 @@ class Plan:
       x_dtype: dtype of the other operand when it is multiplied by the weight. On the
         path "codes", it is the dtype of codes with one scale per row: int8, float8, or
         a wider float that holds float8 codes. None on paths that do not use this field.
-      result: dtype of the product before the last cast.
+      result: dtype of the product before the last cast. It is int32 if devices sum
+        products of codes, which are scaled after the sum.
       num_devices: the number of devices that multiply parts. It is 1 if the operands
         are on one device or XLA partitions the product.
       part: the shapes of the parts that a device multiplies, such as
-        "[4, 64] @ [64, 128]". None if `num_devices` is 1.
+        "[4, 64] @ [64, 128]". For attention: its queries, slots and key heads. None if
+        `num_devices` is 1.
       gathered: mesh axes over which devices get codes, scales or activations of other
         devices before the product.
       summed: mesh axes over which the products of the parts are summed, by an
@@ -134,7 +136,8 @@ class Plan:
         if self.gathered:
             text += f", after an all-gather over {', '.join(self.gathered)}"
         if self.summed:
-            text += f", before an all-reduce over {', '.join(self.summed)}"
+            names = ", ".join(self.summed)
+            text += f", before an all-reduce of {self.result} over {names}"
         return text
 
     def _activation_step(self) -> str:

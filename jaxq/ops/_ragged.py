@@ -5,12 +5,14 @@ A mixture of experts uses this product.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxq.kernels import ragged_matmul
+from jaxq.meshes import all_explicit_mesh
 from jaxq.ops._decision import (
     ragged_activation,
     ragged_rows_dtype,
@@ -19,6 +21,7 @@ from jaxq.ops._decision import (
 )
 from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._ragged_activation import multiply_quantized_rows
+from jaxq.ops._ragged_parts import multiply_ragged_parts
 from jaxq.ops._trained import multiply_trained
 from jaxq.ops._weight_rows import row_meta, weight_rows
 from jaxq.qtensor import FLOATS, QTensor, TrainedWeight, check_leaves, describe
@@ -89,18 +92,33 @@ def ragged_dot(
     x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
     sizes = _row_counts(group_sizes)
-    x, weights = scale_rows_by_group(x, weights, sizes)
-    if weights.meta.activation is None:
-        y = _multiply(x.astype(x_dtype), weights, sizes)
+    product = _PRODUCTS[x_dtype]
+    mesh = all_explicit_mesh((x, weights))
+    if mesh is not None:
+        y = multiply_ragged_parts(x, weights, sizes, product, mesh)
     else:
-        rows_dtype = ragged_rows_dtype(x, weights)
-        y = multiply_quantized_rows(x, weights, sizes, _multiply, x_dtype, rows_dtype)
+        y = product(x, weights, sizes)
     return y.astype(out_dtype)
 
 
 def _row_counts(group_sizes: jax.Array) -> jax.Array:
     """The number of rows of each expert, int32. Products need numbers from 0 on."""
     return jnp.maximum(group_sizes.astype(jnp.int32), 0)
+
+
+def _product(
+    x: jax.Array, weights: QTensor, sizes: jax.Array, *, x_dtype: str
+) -> jax.Array:
+    """The product on one device, float32 `[m, n]`."""
+    x, weights = scale_rows_by_group(x, weights, sizes)
+    if weights.meta.activation is None:
+        return _multiply(x.astype(x_dtype), weights, sizes)
+    rows_dtype = ragged_rows_dtype(x, weights)
+    return multiply_quantized_rows(x, weights, sizes, _multiply, x_dtype, rows_dtype)
+
+
+# The product for each dtype in which x is multiplied. They are compared by identity.
+_PRODUCTS = {dtype: functools.partial(_product, x_dtype=dtype) for dtype in FLOATS}
 
 
 def _multiply(x: jax.Array, weights: QTensor, sizes: jax.Array) -> jax.Array:

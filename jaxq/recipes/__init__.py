@@ -4,6 +4,7 @@ A recipe knows the path, kind and shape of a layer. It knows nothing of models:
 `jaxq.nn` finds the layers of a model and asks the recipe about each.
 """
 
+from jaxq.recipes._floats import default_rules as default_rules
 from jaxq.recipes._kinds import kinds, register_kind, unregister_kind
 from jaxq.recipes._named import as_recipe, get, names
 from jaxq.recipes._patterns import compile_pattern as compile_pattern

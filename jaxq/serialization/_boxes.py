@@ -2,14 +2,14 @@
 
 A file keeps the boxes of Flax that have names of axes: `nn.Partitioned` and
 `nn.LogicallyPartitioned`, and jaxq's `QuantizedBox` around them. The mesh of a box is
-not kept. Other boxes are written as dicts.
+not kept. Other boxes, and boxes of weights in training, are written as dicts.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, TrainedWeight
 
 
 def box_fields(box: Any) -> dict[str, Any] | None:
@@ -18,6 +18,8 @@ def box_fields(box: Any) -> dict[str, Any] | None:
 
     inner = getattr(box, "box", box)
     if type(inner) not in (linen.Partitioned, linen.LogicallyPartitioned):
+        return None
+    if isinstance(inner.value, TrainedWeight):
         return None
     names, rules = _as_lists(inner.names), _as_lists(getattr(inner, "rules", None))
     if not _are_axes(names) or not _are_rules(rules):

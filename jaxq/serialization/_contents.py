@@ -7,13 +7,22 @@ carry the named values of a model, for `jaxq.io`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxq.files import TensorFile, check_folder
-from jaxq.serialization._entries import EntryReader, EntryWriter
-from jaxq.serialization._files import FORMAT_VERSION, open_file, read_header, write_file
+from jaxq.processes import Agreement
+from jaxq.serialization._entries import EntryReader, EntryWriter, TensorSource
+from jaxq.serialization._files import (
+    FORMAT_VERSION,
+    metadata_of,
+    open_file,
+    read_header,
+    write_file,
+)
 from jaxq.serialization._turn import Turn
 
 TREE = "tree"
@@ -107,25 +116,45 @@ def write_contents(
     """
     path = Path(path)
     turn = Turn(contents.value, path, caller)
-    turn.call(lambda: check_folder(path, caller))
-    writer = EntryWriter(caller, keeps_arrays=turn.is_mine)
-    try:
-        structure = _describe(writer, contents)
-        header = {
-            "version": FORMAT_VERSION,
-            "kind": contents.kind,
-            "structure": structure,
-            **contents.notes,
-        }
-        turn.call(lambda: write_file(path, writer.tensors, header, caller))
-    except RecursionError as error:
-        raise ValueError(
-            f"{caller}: {path} cannot be written: the tree is nested too deeply. Save "
-            "its parts by name, in one dict."
-        ) from error
+    writer = EntryWriter(caller, turn.fetch)
+    with turn.agreement:
+        if turn.is_mine:
+            check_folder(path, caller)
+        try:
+            header = _header(writer, contents)
+            if turn.is_mine:
+                write_file(path, writer.tensors, header, caller)
+        except RecursionError as error:
+            raise ValueError(
+                f"{caller}: {path} cannot be written: the tree is nested too deeply. "
+                "Save its parts by name, in one dict."
+            ) from error
 
 
-def _describe(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
+def as_file(
+    contents: Contents, *, caller: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of the file that `write_contents` writes.
+
+    All arrays must be in this process.
+    """
+    writer = EntryWriter(caller, np.asarray)
+    header = _header(writer, contents)
+    return writer.tensors, metadata_of(header)
+
+
+def _header(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
+    """The JSON header of a file. The writer gets the tensors."""
+    return {
+        "version": FORMAT_VERSION,
+        "kind": contents.kind,
+        "structure": describe_with(writer, contents),
+        **contents.notes,
+    }
+
+
+def describe_with(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
+    """The JSON entry of a tree, or the entries of named values."""
     if contents.kind == TREE:
         return writer.describe(contents.value, "")
     return {
@@ -138,8 +167,9 @@ def read_contents(
     *,
     caller: str,
     verify: bool = True,
-    place: Callable[[str, Any], Any] | None = None,
     plan: Callable[[Any], Any] | None = None,
+    place: Callable[[str, Any], Any] | None = None,
+    devices: Iterable[Any] = (),
 ) -> Contents:
     """Reads contents of any kind, as `read_tree` reads a tree.
 
@@ -147,32 +177,48 @@ def read_contents(
       path: the file to read.
       caller: the name that error messages begin with.
       verify: compare the checksums of the file.
-      place: `place(name, value)` is called for each array and QTensor as soon as it is
-        read, and returns the value on the devices of the caller's choice.
       plan: `plan(value)` gets the value with a `jax.ShapeDtypeStruct` in place of each
         array, and returns it with a `jax.sharding.Sharding` in place of each. A process
         then reads only the parts of its devices. None in place of an array reads the
         whole array.
+      place: `place(name, value)` is called for each array and QTensor as soon as it is
+        read, and returns the value on the devices of the caller's choice. It does not
+        compute together with other processes.
+      devices: those of all processes that make this call. If one of them cannot read
+        its parts, all of them raise.
     """
-    with open_file(Path(path), caller, verify=verify) as file:
-        header = read_header(file, caller)
-        kind, structure = header.get("kind"), header.get("structure")
-        if not isinstance(kind, str) or structure is None:
-            raise file.damaged("its metadata have no kind or no structure")
-        reader, at = EntryReader(file, place), None
-        try:
-            if plan is not None:
-                shapes = EntryReader(file, shapes_only=True)
-                at = plan(_rebuild(shapes, file, kind, structure, None))
-                reader.padded = shapes.padded
-            value = _rebuild(reader, file, kind, structure, at)
-        except RecursionError as error:
-            raise file.damaged("its metadata are nested too deeply") from error
-        unused = sorted(set(file.headers) - reader.used)
-        if unused:
-            raise file.damaged(
-                f"it holds tensors that its metadata do not name: {unused[:20]}"
-            )
+    path = Path(path)
+    agreement = Agreement(devices, f"{caller}: {path} cannot be read")
+    with agreement, open_file(path, caller, verify=verify) as file:
+        agreement.fingerprint = file.fingerprint()
+        return _read_open_file(file, caller, plan, place)
+
+
+def _read_open_file(
+    file: TensorFile,
+    caller: str,
+    plan: Callable[[Any], Any] | None,
+    place: Callable[[str, Any], Any] | None,
+) -> Contents:
+    """The contents of an open file, with its arrays on the devices of the plan."""
+    header = read_header(file, caller)
+    kind, structure = header.get("kind"), header.get("structure")
+    if not isinstance(kind, str) or structure is None:
+        raise file.damaged("its metadata have no kind or no structure")
+    reader, at = EntryReader(file, place), None
+    try:
+        if plan is not None:
+            shapes = EntryReader(file, shapes_only=True)
+            at = plan(rebuild_with(shapes, file, kind, structure, None))
+            reader.padded = shapes.padded
+        value = rebuild_with(reader, file, kind, structure, at)
+    except RecursionError as error:
+        raise file.damaged("its metadata are nested too deeply") from error
+    unused = sorted(set(file.headers) - reader.used)
+    if unused:
+        raise file.damaged(
+            f"it holds tensors that its metadata do not name: {unused[:20]}"
+        )
     notes = {
         name: note
         for name, note in header.items()
@@ -181,9 +227,10 @@ def read_contents(
     return Contents(kind, value, notes)
 
 
-def _rebuild(
-    reader: EntryReader, file: TensorFile, kind: str, structure: Any, at: Any
+def rebuild_with(
+    reader: EntryReader, file: TensorSource, kind: str, structure: Any, at: Any
 ) -> Any:
+    """The inverse of `describe_with`."""
     if kind == TREE:
         return reader.rebuild(structure, "", at)
     if not isinstance(structure, dict):

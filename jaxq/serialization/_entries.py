@@ -17,16 +17,16 @@ rebuilds the value. The field "is" of an entry says which kind of value it descr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxq.files import RefusedFile, TensorFile
-from jaxq.processes import to_numpy
+from jaxq.files import RefusedFile
+from jaxq.processes import put
 from jaxq.qtensor import (
     LEAVES,
     Meta,
@@ -39,7 +39,8 @@ from jaxq.qtensor import (
 )
 from jaxq.serialization._boxes import box_fields, boxed, name_of_value
 from jaxq.serialization._damage import NATIVE, damage_of, dtype_of
-from jaxq.sharding import array_from_parts, is_box, value_in_box
+from jaxq.serialization._read_shards import Index, read_shards
+from jaxq.sharding import is_box, value_in_box
 
 # safetensors has no name for some dtypes of jax. So an array of another dtype than
 # `NATIVE`, such as bfloat16, is stored as unsigned integers of the same width, and its
@@ -53,14 +54,22 @@ class EntryWriter:
 
     Args:
       caller: the function that errors name.
-      keeps_arrays: False if another process writes the file. `tensors` then has empty
-        arrays, because the host need not hold the whole tree.
+      fetch: returns the numbers of an array, or None if another process writes the
+        file. `tensors` then has an empty array. With `fetch=None` no numbers are read,
+        arrays may be `jax.ShapeDtypeStruct`s, and codes are described in their layout
+        on the device.
+
+    Attributes:
+      tensors: the arrays by name.
+      shapes: their shapes by name.
     """
 
-    def __init__(self, caller: str, *, keeps_arrays: bool = True):
+    def __init__(self, caller: str, fetch: Callable[[Any], np.ndarray | None] | None):
         self._caller = caller
-        self._keeps_arrays = keeps_arrays
+        self._shapes_only = fetch is None
+        self._fetch = fetch or _no_numbers
         self.tensors: dict[str, np.ndarray] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def describe(self, value: Any, path: str) -> dict[str, Any]:
         """The entry of `value`. The names of its tensors start with `path`."""
@@ -72,6 +81,8 @@ class EntryWriter:
             data = self.describe(jax.random.key_data(value), path)
             return {"is": "key", "impl": str(jax.random.key_impl(value)), "data": data}
         if isinstance(value, jax.Array | np.ndarray | np.generic):
+            return self._describe_array(value, path)
+        if self._shapes_only and isinstance(value, jax.ShapeDtypeStruct):
             return self._describe_array(value, path)
         if value is None or isinstance(value, bool | int | float | str):
             return {"is": "value", "value": value}
@@ -108,14 +119,12 @@ class EntryWriter:
                 f"{self._caller}: {path or 'the value'} is a masked array. A file has "
                 "no masks. Save value.filled(...), or data and mask as two arrays."
             )
-        array = to_numpy(value)
-        dtype = array.dtype
-        if dtype.name in NATIVE:
-            stored = array
+        dtype = value.dtype
+        stored_dtype = dtype if dtype.name in NATIVE else None
         # isbuiltin == 2: a dtype of another package, here ml_dtypes (bfloat16, float8).
-        elif dtype.isbuiltin == 2 and dtype.itemsize in _CARRIERS:
-            stored = array.view(_CARRIERS[dtype.itemsize])
-        else:
+        if stored_dtype is None and dtype.isbuiltin == 2:
+            stored_dtype = _CARRIERS.get(dtype.itemsize)
+        if stored_dtype is None:
             raise TypeError(
                 f"{self._caller}: {path or 'the value'} has dtype {dtype}, which "
                 "cannot be saved. Convert it to a dtype that jax has."
@@ -125,11 +134,14 @@ class EntryWriter:
         # "__metadata__" is reserved by safetensors.
         while tensor in self.tensors or tensor == "__metadata__":
             tensor += "'"
-        if not self._keeps_arrays:
-            stored, array = np.empty(0, stored.dtype), np.empty(0)
+        self.shapes[tensor] = tuple(value.shape)
+        array = self._fetch(value)
+        if array is None:
+            array = np.empty(0, dtype)
+        stored = array.view(stored_dtype)
         self.tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
         entry = {"is": "array", "tensor": tensor, "dtype": dtype.name}
-        return entry if isinstance(value, jax.Array) else {**entry, "numpy": True}
+        return entry if isinstance(value, _ARRAYS) else {**entry, "numpy": True}
 
     def _describe_dict(self, value: dict, path: str) -> dict[str, Any]:
         for key in value:
@@ -153,7 +165,8 @@ class EntryWriter:
     def _describe_qtensor(self, qt: QTensor, path: str) -> dict[str, Any]:
         check_leaves(qt, self._caller, path)
         # The layout "columns" is for TPU kernels. A file is for every platform.
-        qt = relayout(qt, "rows")
+        if not self._shapes_only:
+            qt = relayout(qt, "rows")
         leaves = {}
         for name in LEAVES:
             leaf = getattr(qt, name)
@@ -163,6 +176,26 @@ class EntryWriter:
         return {"is": "qtensor", "shape": shape, **qt.meta.to_dict(), "leaves": leaves}
 
 
+class TensorSource(Protocol):
+    """Tensors by name: an open `TensorFile`, or arrays in memory.
+
+    `headers` has an object with a `shape` for each tensor.
+    """
+
+    @property
+    def headers(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+    def read_parts(
+        self, name: str, indices: Sequence[Index]
+    ) -> Iterable[tuple[int, np.ndarray]]: ...
+
+    def damaged(self, reason: str) -> RefusedFile: ...
+
+    def refused(self, reason: str) -> RefusedFile: ...
+
+
 class EntryReader:
     """Rebuilds values from JSON entries and the tensors of an open file.
 
@@ -170,16 +203,16 @@ class EntryReader:
     `RefusedFile`, which names the file and the path of the value.
 
     Args:
-      file: the open file.
+      file: the open file, or arrays in memory.
       place: `place(path, value)` returns a value on the devices where it belongs, or
         None.
-      shapes_only: rebuild values with a `jax.ShapeDtypeStruct` in place of each array.
-        No tensor is read.
+      shapes_only: rebuild values with a `jax.ShapeDtypeStruct` in place of each array,
+        with the sharding of `rebuild(at=)`. No tensor is read.
     """
 
     def __init__(
         self,
-        file: TensorFile,
+        file: TensorSource,
         place: Callable[[str, Any], Any] | None = None,
         *,
         shapes_only: bool = False,
@@ -295,10 +328,11 @@ class EntryReader:
                 "jax_enable_x64 to read it"
             )
         if self._shapes_only:
-            return jax.ShapeDtypeStruct(self._file.headers[name].shape, dtype)
+            shape = tuple(self._file.headers[name].shape)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
         # jax would round 64 bits to 32. So such an array stays on the host.
         if at is not None and jax_dtype == dtype:
-            return self._read_parts(name, dtype, at)
+            return self._read_shards(name, dtype, at)
         stored = self._in_dtype(name, self._file.read(name), dtype)
         return stored if jax_dtype != dtype else self._on_device(name, stored)
 
@@ -326,17 +360,17 @@ class EntryReader:
                 f"{name} is {stored.dtype}, which this platform cannot hold: {error}"
             ) from error
 
-    def _read_parts(self, name: str, dtype: np.dtype, at: Sharding) -> jax.Array:
-        """An array on several devices, of which only the parts are read."""
+    def _read_shards(self, name: str, dtype: np.dtype, at: Sharding) -> jax.Array:
+        """An array on several devices. Only the shards of this process are read."""
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            return self._in_dtype(name, self._file.read_part(name, index), dtype)
+        def read(indices: Sequence[Index]) -> Iterator[tuple[int, np.ndarray]]:
+            for place, shard in self._file.read_parts(name, indices):
+                yield place, self._in_dtype(name, shard, dtype)
 
-        def put(part: np.ndarray, device: Any) -> jax.Array:
-            return self._on_device(name, part, device)
+        def put(shard: np.ndarray, device: Any) -> jax.Array:
+            return self._on_device(name, shard, device)
 
-        shape = self._file.headers[name].shape
-        return array_from_parts(shape, dtype, at, read, put)
+        return read_shards(self._file.headers[name].shape, dtype, at, read, put)
 
     def _rebuild_qtensor(self, entry: dict[str, Any], path: str, at: Any) -> QTensor:
         name = path or "the value"
@@ -370,10 +404,10 @@ class EntryReader:
         try:
             # Earlier versions stored the padding of blocks too.
             if self._shapes_only:
-                stored_shape = qt.data.shape
-                qt = jax.eval_shape(without_padding, qt)
-                if qt.data.shape != stored_shape:
+                whole = jax.eval_shape(without_padding, qt)
+                if whole.data.shape != qt.data.shape:
                     self.padded.add(path)
+                    qt = whole
             else:
                 qt = without_padding(qt)
             damage = damage_of(qt, tuple(shape), values=not self._shapes_only)
@@ -396,12 +430,13 @@ _REBUILDERS = {
 }
 
 
+def _no_numbers(array: Any) -> None:
+    del array
+
+
 def _put_whole(leaf: jax.Array, at: Sharding | None) -> jax.Array:
     """An array that this process has as a whole, on the devices of a sharding."""
-    if at is None:
-        return leaf
-    values = np.asarray(leaf)
-    return jax.make_array_from_callback(values.shape, at, lambda index: values[index])
+    return leaf if at is None else put(leaf, at, compares=False)
 
 
 def _is_shape(value: Any) -> bool:

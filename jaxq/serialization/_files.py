@@ -31,11 +31,16 @@ def write_file(
 
     If the write fails at any moment, the old file stays as it was.
     """
-    metadata = {"format": "jaxq", "jaxq": json.dumps(header)}
+    metadata = metadata_of(header)
     with naming_errors(path, caller, "the file cannot be written"):
         remove_leftovers(path.parent, path.name)
     with NewFile(path, caller) as file:
         write_tensors(file, tensors, metadata)
+
+
+def metadata_of(header: dict[str, Any]) -> dict[str, str]:
+    """The metadata of the safetensors file that has this JSON header."""
+    return {"format": "jaxq", "jaxq": json.dumps(header)}
 
 
 def open_file(path: Path, caller: str, *, verify: bool) -> TensorFile:

@@ -31,7 +31,6 @@ from jaxq.sharding._entries import is_box as is_box
 from jaxq.sharding._entries import value_in_box as value_in_box
 from jaxq.sharding._fit_to_shards import fit_to_shards
 from jaxq.sharding._gradients import init_error, mean_gradients
-from jaxq.sharding._parts import array_from_parts as array_from_parts
 from jaxq.sharding._place import place
 from jaxq.sharding._read_rules import read_rules
 from jaxq.sharding._reduce import all_reduce, reduce_scatter

@@ -113,8 +113,9 @@ def init_error(params: Any, mesh: Mesh, axis_name: AxisName) -> Any:
     Each device needs 4 bytes for each number of its gradients.
 
     Args:
-      params: tree of float arrays with the shapes of the gradients. Parameters that are
-        sharded over `axis_name` itself (FSDP) have gradients of the whole shape.
+      params: tree of float arrays with the shapes of the gradients. A Python float is a
+        scalar. Parameters that are sharded over `axis_name` itself (FSDP) have
+        gradients of the whole shape.
       mesh: the mesh.
       axis_name: the mesh axis over which the gradients will be summed, or a tuple.
 
@@ -146,12 +147,13 @@ def init_error(params: Any, mesh: Mesh, axis_name: AxisName) -> Any:
 
     def zeros(keys: Any, leaf: Any) -> Array:
         path = jax.tree_util.keystr(keys, simple=True, separator="/") or "params"
-        check_floats(leaf.dtype, leaf.shape, path, "init_error")
+        shape = jnp.shape(leaf)
+        check_floats(jnp.result_type(leaf), shape, path, "init_error")
         sharding = named_sharding(leaf)
         entries = () if sharding is None else sharding.spec
         others = [_without(entry, names) for entry in entries]
         at = NamedSharding(mesh, PartitionSpec(axis_name, *others))
-        return jnp.zeros((count, *leaf.shape), jnp.float32, device=at)
+        return jnp.zeros((count, *shape), jnp.float32, device=at)
 
     return jax.tree_util.tree_map_with_path(zeros, params)
 

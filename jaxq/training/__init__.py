@@ -10,19 +10,34 @@ functions for Flax linen.
 from jaxq.training import linen
 from jaxq.training._check import check
 from jaxq.training._convert import convert
+from jaxq.training._delayed_scaling import AmaxHistory, DelayedScaling
 from jaxq.training._labels import labels
+from jaxq.training._low_precision_dot import dot_general
+from jaxq.training._low_precision_layers import low_precision
+from jaxq.training._precision_recipe import (
+    LowPrecision,
+    ProductSpec,
+    low_precision_recipes,
+)
 from jaxq.training._prepare import prepare
 from jaxq.training._ranges import Ranges, ema, lsq, pact
 from jaxq.training._schedule import Schedule
 
 __all__ = [
+    "AmaxHistory",
+    "DelayedScaling",
+    "LowPrecision",
+    "ProductSpec",
     "Ranges",
     "Schedule",
     "check",
     "convert",
+    "dot_general",
     "ema",
     "labels",
     "linen",
+    "low_precision",
+    "low_precision_recipes",
     "lsq",
     "pact",
     "prepare",

@@ -17,6 +17,8 @@ from jaxq.nn.layers import QUANT_STATS, params_of, range_name, with_params
 from jaxq.processes import to_numpy
 from jaxq.qtensor import QuantSpec, TrainedWeight, as_static
 from jaxq.recipes import Recipe
+from jaxq.sharding import value_in_box
+from jaxq.sharding.boxes import boxed_like
 
 # The names that lead to a parameter.
 _Key = tuple[str, ...]
@@ -88,7 +90,8 @@ def split_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     averages = {}
     for key, weight in _averaged(params).items():
         averages[_place(key)] = weight.input_range
-        params[key] = dataclasses.replace(weight, input_range=None)
+        moved = dataclasses.replace(weight, input_range=None)
+        params[key] = boxed_like(moved, params[key])
     if not averages:
         return variables
     stats = flatten_dict(dict(variables.get(QUANT_STATS, {})))
@@ -120,7 +123,8 @@ def join_averages(variables: Mapping[str, Any], caller: str) -> Mapping[str, Any
                 "Pass 'params' together with the 'quant_stats' of the last training "
                 "step."
             )
-        params[key] = dataclasses.replace(weight, input_range=stats.pop(place))
+        moved = dataclasses.replace(weight, input_range=stats.pop(place))
+        params[key] = boxed_like(moved, params[key])
     if stats:
         joined[QUANT_STATS] = unflatten_dict(stats)
     return with_params(joined, params)
@@ -128,9 +132,10 @@ def join_averages(variables: Mapping[str, Any], caller: str) -> Mapping[str, Any
 
 def _averaged(params: Mapping[_Key, Any]) -> dict[_Key, TrainedWeight]:
     """The weights with a moving average."""
+    values = {key: value_in_box(boxed) for key, boxed in params.items()}
     return {
         key: value
-        for key, value in params.items()
+        for key, value in values.items()
         if isinstance(value, TrainedWeight) and value.decay is not None
     }
 

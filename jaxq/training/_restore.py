@@ -10,6 +10,8 @@ from flax import nnx
 from jaxq.nn.layers import PromoteQTensors, replace_variables
 from jaxq.nn.transform import find_layers
 from jaxq.qtensor import TrainedWeight
+from jaxq.sharding import value_in_box
+from jaxq.sharding.boxes import QuantizedBox, boxed_like
 from jaxq.training._batch_norm import restore_norms
 from jaxq.training._weights import is_trained, trained_params
 
@@ -21,7 +23,7 @@ def restore_floats(model: Any) -> Any:
       model: an nnx module or a tree. It need not be prepared.
     """
     if not isinstance(model, nnx.Module):
-        return jax.tree.map(_floats, model, is_leaf=is_trained)
+        return jax.tree.map(_floats, model, is_leaf=_is_weight)
     model = nnx.clone(model)
     # `id` identifies a module, so the modules must stay alive.
     params = [param for _, param in trained_params(model)]
@@ -36,5 +38,11 @@ def restore_floats(model: Any) -> Any:
     return model
 
 
+def _is_weight(x: Any) -> bool:
+    return is_trained(x) or isinstance(x, QuantizedBox)
+
+
 def _floats(x: Any) -> Any:
-    return x.floats if isinstance(x, TrainedWeight) else x
+    """The floats of a trained weight, in its box of metadata. Other leaves stay."""
+    weight = value_in_box(x)
+    return boxed_like(weight.floats, x) if isinstance(weight, TrainedWeight) else x

@@ -51,7 +51,7 @@ def trained_weights(model: Any, caller: str) -> list[tuple[str, TrainedWeight]]:
     else:
         leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_trained)
         weights = [
-            (path_of(keys), leaf)
+            (path_of(keys).removesuffix("/box/value"), leaf)
             for keys, leaf in leaves
             if isinstance(leaf, TrainedWeight)
         ]

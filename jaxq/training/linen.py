@@ -1,4 +1,4 @@
-"""Quantization-aware training of Flax linen modules.
+"""Quantization-aware and low-precision training of Flax linen modules.
 
 The functions are those of `jaxq.training`. They take a module and its variables instead
 of a model. Weights in "params" become `TrainedWeight`s, which hold the floats and the
@@ -21,19 +21,33 @@ from jaxq.nn.transform import LinenAdapter, Options, check_module, quantize_slot
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe
+from jaxq.sharding import value_in_box
+from jaxq.sharding.boxes import boxed_like
 from jaxq.training._averages import (
     check_averages,
     join_averages,
     split_averages,
 )
 from jaxq.training._convert import trained_row
+from jaxq.training._low_precision_linen import (
+    LowPrecisionModule,
+    dot_general_cls,
+    low_precision,
+)
 from jaxq.training._prepare import check_trained, replacement, trainable_recipe
 from jaxq.training._ranges import Ranges, as_ranges
 from jaxq.training._restore import restore_floats
 from jaxq.training._schedule import Schedule
 from jaxq.training._weights import trained_weights
 
-__all__ = ["Prepared", "convert", "prepare"]
+__all__ = [
+    "LowPrecisionModule",
+    "Prepared",
+    "convert",
+    "dot_general_cls",
+    "low_precision",
+    "prepare",
+]
 
 
 class Prepared(Quantized):
@@ -86,8 +100,8 @@ def prepare(
 
     Args:
       module: a linen module, or the result of an earlier `prepare`.
-      variables: its variables, a dict or a FrozenDict. Boxes of metadata
-        (`nn.Partitioned`) are removed from weights that the recipe quantizes.
+      variables: its variables, a dict or a FrozenDict. A weight in a box of metadata
+        (`nn.Partitioned`) stays in a `jaxq.nn.linen.QuantizedBox` around this box.
       recipe: as in `jaxq.quantize_model`.
       ranges: as in `jaxq.training.prepare`.
       calibration: as in `jaxq.nn.linen.quantize_model`.
@@ -208,11 +222,12 @@ def convert(
     params = params_of(variables)
     trained_rows: dict[str, Row] = {}
     kinds = {row.path: row.kind for row in module._jaxq_report.rows}
-    for keys, weight in params.items():
+    for keys, boxed in params.items():
+        weight = value_in_box(boxed)
         if isinstance(weight, TrainedWeight):
             path = "/".join(keys)
             qt = weight.quantize()
-            params[keys] = qt
+            params[keys] = boxed_like(qt, boxed)
             trained_rows[path] = trained_row(path, kinds.get(path, "-"), weight, qt)
     rows = [trained_rows.get(row.path, row) for row in module._jaxq_report.rows]
     converted: Any = with_params(variables, params)

@@ -227,9 +227,15 @@ def test_parts_are_those_of_the_whole(path, monkeypatch, chunk):
                         slice(None) if whole else slice(int(start), int(stop))
                         for whole, (start, stop) in zip(keep, ends, strict=True)
                     )
-                    found = file.read_part(name, index)
+                    found = read_part(file, name, index)
                     np.testing.assert_array_equal(found, tensor[index])
                     assert found.dtype == tensor.dtype
+
+
+def read_part(file, name, index):
+    [(place, part)] = file.read_parts(name, [index])
+    assert place == 0
+    return part
 
 
 def test_a_part_reads_and_checks_its_own_chunks_only(path, monkeypatch):
@@ -243,11 +249,50 @@ def test_a_part_reads_and_checks_its_own_chunks_only(path, monkeypatch):
     with files.TensorFile(path, "load") as file:
         num_read = count_bytes(monkeypatch, file)
         for part in (slice(0, 5), slice(6, 10)):
-            found = file.read_part("a", (part, slice(2, 4)))
+            found = read_part(file, "a", (part, slice(2, 4)))
             np.testing.assert_array_equal(found, rows[part, 2:4])
         assert sum(num_read) == 9 * 48
         with pytest.raises(files.RefusedFile, match="bytes 240 to 287 of a"):
-            file.read_part("a", (slice(4, 6), slice(6, 8)))
+            read_part(file, "a", (slice(4, 6), slice(6, 8)))
+
+
+def test_parts_read_each_chunk_once(path, monkeypatch):
+    monkeypatch.setattr(_checksums, "CHUNK", 100)  # begins and ends inside a row
+    rows = np.arange(120, dtype=np.float32).reshape(10, 12)
+    write_tensors(path, {"a": rows}, {})
+    all_rows, nothing = slice(None), slice(3, 3)
+    columns = [(all_rows, slice(start, start + 3)) for start in range(0, 12, 3)]
+    blocks = [(slice(start, start + 5), all_rows) for start in (5, 0)]
+    with files.TensorFile(path, "load") as file:
+        for indices, order in (
+            (columns, [0, 1, 2, 3]),
+            ([*columns, (nothing, all_rows)], [4, 0, 1, 2, 3]),
+            # A part is there before the chunks after it are read.
+            (blocks, [1, 0]),
+        ):
+            num_read = count_bytes(monkeypatch, file)
+            found, read_before = {}, {}
+            for place, part in file.read_parts("a", indices):
+                found[place], read_before[place] = part, sum(num_read)
+            assert list(found) == order
+            for place, index in enumerate(indices):
+                np.testing.assert_array_equal(found[place], rows[index])
+            assert sum(num_read) == rows.nbytes
+        assert read_before == {1: 300, 0: 480}
+
+
+def test_every_reading_is_compared_with_the_checksum(path):
+    rows = np.arange(120, dtype=np.float32).reshape(10, 12)
+    write_tensors(path, {"a": rows}, {})
+    header, data = split(path)
+    with files.TensorFile(path, "load") as file:
+        file.read("a")
+        join(path, header, bytes([data[0] ^ 1]) + data[1:])
+        for read in (file.read, lambda name: file.read_rows(name, 0, 2)):
+            with pytest.raises(files.RefusedFile, match="bytes 0 to 479 of a"):
+                read("a")
+        with pytest.raises(files.RefusedFile, match="bytes 0 to 479 of a"):
+            read_part(file, "a", (slice(0, 2), slice(0, 2)))
 
 
 def count_bytes(monkeypatch, file):

@@ -120,7 +120,7 @@ class Reads:
 
     def __init__(self, monkeypatch):
         self.num_bytes, self.largest_part = 0, 0
-        read_into, read_part = files.TensorFile._read_into, files.TensorFile.read_part
+        read_into, read_parts = files.TensorFile._read_into, files.TensorFile.read_parts
 
         def counted_bytes(file, data, position):
             # The header is read before the file has checksums.
@@ -128,13 +128,13 @@ class Reads:
                 self.num_bytes += data.size
             read_into(file, data, position)
 
-        def counted_part(file, name, index):
-            part = read_part(file, name, index)
-            self.largest_part = max(self.largest_part, part.nbytes)
-            return part
+        def counted_parts(file, name, indices):
+            for place, part in read_parts(file, name, indices):
+                self.largest_part = max(self.largest_part, part.nbytes)
+                yield place, part
 
         monkeypatch.setattr(files.TensorFile, "_read_into", counted_bytes)
-        monkeypatch.setattr(files.TensorFile, "read_part", counted_part)
+        monkeypatch.setattr(files.TensorFile, "read_parts", counted_parts)
 
 
 def test_each_part_is_read_once_and_none_is_joined(tmp_path, monkeypatch):
@@ -145,8 +145,9 @@ def test_each_part_is_read_once_and_none_is_joined(tmp_path, monkeypatch):
     reads = Reads(monkeypatch)
     monkeypatch.setattr(files.TensorFile, "read", None)
     for rules, part, num_bytes in (
-        # Whole rows of codes. All four parts of the scales are in one chunk.
-        (P(None, "d"), 1 << 14, (1 << 16) + 4 * qt.scale.nbytes),
+        # Whole rows of codes, and parts of rows that share each chunk.
+        (P(None, "d"), 1 << 14, (1 << 16) + qt.scale.nbytes),
+        (P("d", None), 1 << 14, (1 << 16) + qt.scale.nbytes),
         # The devices have the same part.
         (P(), 1 << 16, (1 << 16) + qt.scale.nbytes),
     ):

@@ -31,7 +31,6 @@ KERNELS = ("tpu", "mosaic_gpu", "triton", "tpu_transposed", "triton_transposed")
             ("tpu", "codebook4", "e=3"),
             ("tpu", "uint4", "columns"),
             ("mosaic_gpu", "int4", "e=3"),
-            ("mosaic_gpu", "codebook4", "e=1"),
             ("triton", "uint8", "e=3"),
             ("tpu_transposed", "int4", "e=3"),
             ("triton_transposed", "codebook4", "e=1"),

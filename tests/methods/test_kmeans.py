@@ -76,7 +76,7 @@ def test_the_papers_example():
     assert int(info.num_empty) == 0
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("steps", tables.thinned([0, 1, 3], [0, 3]))
 def test_the_first_steps_equal_lloyd(steps):
     # Evenly spread numbers leave no centre empty, so no centre moves before the end.
     w = np.random.default_rng(0).uniform(-1, 1, (400, 4)).astype(np.float32)
@@ -96,13 +96,13 @@ def test_inertia_never_rises(algorithm):
     w = heavy_tailed(*SHAPE, seed=1)
     inertias = [
         float(kmeans(w, 4, num_steps=n, algorithm=algorithm)[1].inertia)
-        for n in (0, 1, 2, 5, 20)
+        for n in (0, 2, 20)
     ]
     assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(inertias))
     assert inertias[-1] < 0.7 * inertias[0]
 
 
-@pytest.mark.parametrize("init", ["linear", "density"])
+@pytest.mark.parametrize("init", tables.thinned(["linear", "density"], ["density"]))
 def test_a_histogram_is_as_good_as_all_numbers(init):
     w = heavy_tailed(*SHAPE, seed=2)
     exact, histogram = (
@@ -163,7 +163,7 @@ def test_the_error_is_near_the_least_possible(bits, init):
 FEW = [(4, "exact"), (4, "histogram"), (8, "exact"), (8, "histogram")]
 
 
-@pytest.mark.parametrize(("bits", "algorithm"), tables.thinned(FEW, FEW[:3]))
+@pytest.mark.parametrize(("bits", "algorithm"), tables.thinned(FEW, [FEW[0], FEW[3]]))
 def test_few_different_numbers_come_back_exactly(bits, algorithm):
     rng = np.random.default_rng(0)
     numbers = np.concatenate([rng.standard_normal(2**bits - 2), [60, 0]])

@@ -104,14 +104,14 @@ def test_parameters_without_rules_are_replicated(tmp_path):
 def test_only_parts_are_read(tmp_path, monkeypatch):
     save(tmp_path, make())
     parts = []
-    read_part = files.TensorFile.read_part
+    read_parts = files.TensorFile.read_parts
 
-    def recorded(file, name, index):
-        part = read_part(file, name, index)
-        parts.append((name, part.size))
-        return part
+    def recorded(file, name, indices):
+        for place, part in read_parts(file, name, indices):
+            parts.append((name, part.size))
+            yield place, part
 
-    monkeypatch.setattr(files.TensorFile, "read_part", recorded)
+    monkeypatch.setattr(files.TensorFile, "read_parts", recorded)
     monkeypatch.setattr(files.TensorFile, "read", None)
     model, _ = load(tmp_path, mesh=devices(), rules=RULES)
     whole = model.layers[0].mlp.up_proj.kernel.size

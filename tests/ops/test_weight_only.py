@@ -64,13 +64,14 @@ def assert_close_for_dtype(actual, expected, tolerance=3e-6):
 OVERLAPPING = [
     (name, dtype, m) for name in SPECS for dtype, m in [("float32", 3), ("bfloat16", 1)]
 ]
-NARROW = ("int8", "nf4_dq", "offset")
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "m"),
     tables.thinned(
-        OVERLAPPING, [c for c in OVERLAPPING if (c[1] == "float32") != (c[0] in NARROW)]
+        OVERLAPPING,
+        [("int8", "bfloat16", 1), ("nf4_dq", "bfloat16", 1)]
+        + [(name, "float32", 3) for name in ("int4", "nvfp4", "offset", "blocks")],
     ),
 )
 def test_overlapping_blocks_of_rows(small_blocks, name, dtype, m):
@@ -88,8 +89,13 @@ def test_overlapping_blocks_of_rows(small_blocks, name, dtype, m):
     assert_product(backward, lambda y, w: y @ w.T, y, qt, 40, weights=dtype)
 
 
-@pytest.mark.parametrize("name", tables.thinned(SPECS, ["int8", "nf4_dq", "offset"]))
-@pytest.mark.parametrize(("m", "cores"), [(17, 2), (3, 8)])
+DECODED = [(name, m, cores) for name in SPECS for m, cores in ((17, 2), (3, 8))]
+
+
+@pytest.mark.parametrize(
+    ("name", "m", "cores"),
+    tables.thinned(DECODED, [("int8", 3, 8), ("nf4_dq", 17, 2), ("offset", 3, 8)]),
+)
 def test_blocks_that_all_cores_decode(small_blocks, monkeypatch, name, m, cores):
     """The form for many rows of x, and for more cores."""
     monkeypatch.setattr(_xla, "num_cores", lambda: cores)
@@ -98,9 +104,7 @@ def test_blocks_that_all_cores_decode(small_blocks, monkeypatch, name, m, cores)
     assert_product(y, np.matmul, x, qt, 96)
 
 
-@pytest.mark.parametrize(
-    "name", tables.thinned(SPECS, ["int8", "nf4_dq", "offset", "blocks"])
-)
+@pytest.mark.parametrize("name", tables.thinned(SPECS, ["nf4_dq", "offset", "blocks"]))
 def test_gradients(small_blocks, name):
     # dy has many sizes and signs, so that a row counted twice or not at all is seen.
     qt, x, dy = (
@@ -242,7 +246,7 @@ MATRICES = [(preset, 128) for preset in tables.REPRESENTATIVES]
     ("preset", "m"),
     tables.thinned(
         ROWS,
-        [*MATRICES, ("int8", 1), ("int4", 1), ("int3", 1), ("nf4_dq", 1), ("nvfp4", 1)],
+        [*MATRICES, ("int4", 1), ("int3", 1), ("nvfp4", 1)],
     ),
 )
 def test_the_weight_is_never_decoded_as_a_whole(preset, m):
@@ -259,8 +263,12 @@ def test_the_weight_is_never_decoded_as_a_whole(preset, m):
     assert "f32[4096,4096]" not in program.as_text()
 
 
-@pytest.mark.parametrize("m", [1, 16, 128])
-@pytest.mark.parametrize("preset", ["int8", "int4"])
+WIDENED = [(preset, m) for preset in ("int8", "int4") for m in (1, 16, 128)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "m"), tables.thinned(WIDENED, [("int8", 16), ("int4", 1), ("int4", 128)])
+)
 def test_codes_never_widened_as_a_whole(preset, m):
     qt = jax.eval_shape(
         lambda w: jaxq.quantize(w, preset),
@@ -273,9 +281,26 @@ def test_codes_never_widened_as_a_whole(preset, m):
     assert program.memory_analysis().temp_size_in_bytes <= 8 * MEGABYTES
 
 
-@pytest.mark.parametrize("m", [1, 16])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("preset", ["int4", "nf4"])
+FEW_ROWS = [
+    (preset, dtype, m)
+    for preset in ("int4", "nf4")
+    for dtype in ("float32", "bfloat16")
+    for m in (1, 16)
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "m"),
+    tables.thinned(
+        FEW_ROWS,
+        [
+            ("int4", "float32", 1),
+            ("int4", "bfloat16", 16),
+            ("nf4", "float32", 16),
+            ("nf4", "bfloat16", 1),
+        ],
+    ),
+)
 def test_one_core_decodes_for_few_rows(monkeypatch, preset, dtype, m):
     """XLA does not divide the decoding of a block, and bfloat16 runs in float32."""
     monkeypatch.setattr(_xla, "num_cores", lambda: 2)

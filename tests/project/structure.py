@@ -21,7 +21,7 @@ PACKAGE = ROOT / "jaxq"
 
 # A room imports only rooms that come before it.
 ROOMS = (
-    *("progress", "debug_checks", "files", "jaxprs", "meshes", "processes"),
+    *("progress", "debug_checks", "files", "jaxprs", "processes", "meshes"),
     *("formats", "metrics", "observers", "qtensor"),
     *("kernels", "ops", "emulation", "methods", "recipes", "optim", "distillation"),
     *(
@@ -33,6 +33,7 @@ ROOMS = (
         "training",
         "evaluation",
         "cli",
+        "__main__",
     ),
 )
 MOST_COLUMNS = 88

@@ -35,12 +35,15 @@ class Subject:
 
 def test_without_arguments_the_subjects_are_listed(runner, monkeypatch, capsys):
     (runner.RESULTS / "durations.json").write_text(json.dumps({"cast": 90}))
+    rows = [{"seconds": 60}, {"seconds": 90, "perplexities": [7, 8]}]
+    (runner.RESULTS / "training-cpu.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(sys, "argv", ["run.py"])
     runner.main()
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(runner.SUBJECTS)
     assert "1.5 min" in lines[0]
     assert "not recorded" in lines[1]
+    assert "over 4 min" in lines[-1]
 
 
 def test_only_write_replaces_the_results(runner, monkeypatch, capsys):

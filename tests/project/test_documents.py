@@ -124,8 +124,8 @@ def command_problem(words: list[str]) -> str | None:
             paths = [argument for argument in arguments if argument.startswith("tests")]
             missing = [path for path in paths if not exists(path)]
             return f"{missing} do not exist" if missing else None
-        case ["python", "-m", "jaxq", *_]:
-            return None if exists("jaxq/__main__.py") else "jaxq has no command line"
+        case ["jaxq", *arguments] | ["python", "-m", "jaxq", *arguments]:
+            return jaxq_problem(arguments)
         case ["python", "-m", module, *_]:
             path = module.replace(".", "/")
             is_module = exists(f"{path}.py") or exists(f"{path}/__main__.py")
@@ -140,6 +140,26 @@ def command_problem(words: list[str]) -> str | None:
         case ["ruff", *_] | ["pyright", "jaxq"] | ["git", "clone", *_] | ["cd", "jaxq"]:
             return None
     return "this test does not know how to check the command"
+
+
+def jaxq_problem(arguments: list[str]) -> str | None:
+    """A command or option that the command line of jaxq does not have, or None."""
+    import click
+
+    from jaxq.cli._main import commands
+
+    command, words = commands, list(arguments)
+    while isinstance(command, click.Group) and words and words[0][0] != "-":
+        name = words.pop(0)
+        command = command.get_command(click.Context(commands), name)
+        if command is None:
+            return f"jaxq has no command {name}"
+    options = {"-h", "--help"}
+    options |= {name for option in command.params for name in option.opts}
+    unknown = [word for word in words if word[0] == "-" and word not in options]
+    paths = [word for word in words if word.startswith("examples/")]
+    missing = [path for path in paths if not exists(path)]
+    return f"unknown or missing: {unknown + missing}" if unknown + missing else None
 
 
 def install_problem(argument: str) -> str | None:

@@ -78,18 +78,18 @@ def test_quickstart_prints_its_table():
         m[1]: [float(v) for v in m.groups()[1:]]
         for m in re.finditer(rf"^(\w+){number * 5} %", out, re.MULTILINE)
     }
-    assert list(rows) == ["bfloat16", "int8", "w8a8", "nf4", "int4", "int3"]
+    assert list(rows) == ["bfloat16", "w8a8", "nf4", "int3"]
     bits, megabytes, perplexity, kl, top1 = (
         dict(zip(rows, column, strict=True))
         for column in zip(*rows.values(), strict=True)
     )
-    assert bits["int8"] > 8 > bits["nf4"] > bits["int4"] > 4
-    assert megabytes["bfloat16"] > megabytes["int8"] > megabytes["nf4"]
-    assert 0 == kl["bfloat16"] < kl["int8"] < kl["w8a8"] < kl["int4"] < kl["int3"] / 2
-    assert perplexity["int3"] > 1.05 * perplexity["int4"]
-    assert perplexity["int4"] > perplexity["int8"]
-    assert top1["int8"] > top1["int4"] > 80
-    assert abs(perplexity["int8"] / perplexity["bfloat16"] - 1) < 0.01
+    assert bits["w8a8"] > 8 > bits["nf4"] > 4 > bits["int3"] > 3
+    assert megabytes["bfloat16"] > megabytes["w8a8"] > megabytes["nf4"]
+    assert 0 == kl["bfloat16"] < kl["w8a8"] < kl["nf4"] < kl["int3"] / 2
+    assert perplexity["int3"] > 1.05 * perplexity["nf4"]
+    assert perplexity["nf4"] > perplexity["w8a8"]
+    assert top1["w8a8"] > top1["nf4"] > 80
+    assert abs(perplexity["w8a8"] / perplexity["bfloat16"] - 1) < 0.01
     assert "reloaded: logits identical" in out
     assert out.count("\n[def read(self") == 2
 

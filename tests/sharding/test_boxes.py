@@ -195,6 +195,63 @@ def test_nnx_modules_of_linen_keep_the_box():
     assert isinstance(bridged, nnx.Module)
 
 
+def test_weights_in_training_keep_the_boxes(quantized, tmp_path):
+    _, expected, variables = quantized
+    axes = variables["params"]["up"]["kernel"].names
+    module = MESH_AXES if axes == (None, "t") else LOGICAL_AXES
+    qat, prepared = jaxq.training.linen.prepare(module, variables, "int4", example=X)
+    for name in ("up", "stack", "down"):
+        box = prepared["params"][name]["kernel"]
+        assert type(box) is QuantizedBox
+        assert box.box.names == variables["params"][name]["kernel"].names
+        assert isinstance(linen.unbox(box), jaxq.qtensor.TrainedWeight)
+        specs = box.get_partition_spec().value
+        assert specs.floats == P(*box.box.names)
+    # The scan adds and removes the name of its axis.
+    y = qat.apply(prepared, X)
+    np.testing.assert_array_equal(y, qat.apply(linen.unbox(prepared), X))
+    kinds = jaxq.training.labels(prepared["params"])["up"]["kernel"]
+    assert kinds.value.floats == "weight"
+    _, converted, _ = jaxq.training.linen.convert(qat, prepared)
+    assert jax.tree.structure(converted) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, converted, expected)
+    jaxq.save(tmp_path / "prepared", prepared)
+    loaded = jaxq.load(tmp_path / "prepared", into=prepared)
+    assert jax.tree.structure(loaded) == jax.tree.structure(prepared)
+    jax.tree.map(np.testing.assert_array_equal, loaded, prepared)
+    # Preparing again starts from the floats in their boxes of Flax.
+    _, again = jaxq.training.linen.prepare(qat, prepared, "int4", example=X)
+    jax.tree.map(np.testing.assert_array_equal, again, prepared)
+    assert jax.tree.structure(again) == jax.tree.structure(prepared)
+
+
+def test_moving_averages_and_trees_keep_the_boxes():
+    init = linen.with_partitioning(INIT, (None, "t"))
+    module = linen.Dense(128, kernel_init=init)
+    recipe = jaxq.Recipe([jaxq.Rule(weight="int8", activation="int8")])
+    variables = module.init(jax.random.key(0), X)
+    results = []
+    for floats in (variables, linen.unbox(variables)):
+        qat, prepared = jaxq.training.linen.prepare(
+            module, floats, recipe, ranges=jaxq.training.ema()
+        )
+        _, stats = qat.apply(prepared, X, mutable=["quant_stats"])
+        qmodule, converted, _ = jaxq.training.linen.convert(qat, {**prepared, **stats})
+        results.append((converted["params"]["kernel"], qmodule.apply(converted, X)))
+    (box, y), (qt, expected) = results
+    assert box.box.names == (None, "t")
+    jax.tree.map(np.testing.assert_array_equal, linen.unbox(box), qt)
+    np.testing.assert_array_equal(y, expected)
+
+    tree = {"w": linen.Partitioned(normal(64, 8), (None, "t"))}
+    trained = jaxq.training.prepare(tree, "int4")
+    assert isinstance(trained["w"].value, jaxq.qtensor.TrainedWeight)
+    converted, _ = jaxq.training.convert(trained)
+    expected, _ = jaxq.quantize_params(tree, "int4")
+    assert jax.tree.structure(converted) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, converted, expected)
+
+
 def test_boxes_of_other_classes_are_kept():
     class Note(meta.AxisMetadata):
         def __init__(self, value, text):

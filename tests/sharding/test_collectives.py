@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 from jaxq import sharding
 from tests.arrays import normal, normal_with_outliers
+from tests.sharding.hlo import collectives_in
 from tests.tables import thinned
 
 NUM = 4  # devices
@@ -27,6 +28,9 @@ WIRE = {
     "int4": (4, 128, 2),
     "nf4": (4, 64, 4),
     "ternary": (2, 256, 4),
+    # Packs of 8 and of 4 codes fill three bytes.
+    "int3": (3, 128, 2),
+    "fp6_e2m3": (6, 256, 4),
 }
 
 
@@ -336,6 +340,21 @@ def test_errors_are_sharded_like_parameters():
     assert all(leaf.dtype == jnp.float32 for leaf in error.values())
 
 
+def test_numbers_of_python_are_scalars():
+    error = sharding.init_error({"scale": 2.0}, mesh_of(), "data")
+    y, error = mapped(
+        lambda x, e: sharding.mean_gradients(
+            {"scale": x.reshape(())}, "data", "int8", e
+        ),
+        in_specs=(DATA, DATA),
+        out_specs=(P(), DATA),
+    )(jnp.arange(1.0 * NUM), error)
+    assert float(y["scale"]) == (NUM - 1) / 2
+    assert error["scale"].shape == (NUM,)
+    with pytest.raises(TypeError, match="scale"):
+        sharding.init_error({"scale": 2}, mesh_of(), "data")
+
+
 # all_gather.
 
 
@@ -487,26 +506,21 @@ def test_qtensors_of_devices_are_stacked():
 
 # Bytes on the wire.
 
-COLLECTIVES = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
-WIDTHS = {"u8": 1, "s8": 1, "u16": 2, "u32": 4, "f32": 4, "bf16": 2, "s32": 4}
-
 
 def wire(text):
     """The bytes that each kind of collective gives a device, and the dtypes."""
     found, dtypes = {}, set()
-    pattern = rf"= ([^=]*?) ({COLLECTIVES})(?:-start)?\("
-    for shapes, kind in re.findall(pattern, text):
-        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size = math.prod(int(n) for n in sizes.split(",") if n)
-            found[kind] = found.get(kind, 0) + size * WIDTHS[dtype]
-            dtypes.add(dtype)
+    for kind, dtype, num_bytes in collectives_in(text):
+        found[kind] = found.get(kind, 0) + num_bytes
+        dtypes.add(dtype)
     return found, dtypes
 
 
 def bytes_of_row(n, preset):
-    """Codes fill whole bytes, and each group has a scale."""
+    """Codes fill whole packs of bytes, and each group has a scale."""
     bits, group, scale = WIRE[preset]
-    return -(-n * bits // 8) + -(-n // group) * scale
+    pack = 8 // math.gcd(8, bits)
+    return -(-n // pack) * pack * bits // 8 + -(-n // group) * scale
 
 
 ROWS = tuple(itertools.product(WIRE, [8192, 5000, 1001]))
@@ -517,6 +531,8 @@ DEFAULT_ROWS = (
     ("int4", 1001),
     ("nf4", 5000),
     ("ternary", 8192),
+    ("int3", 1001),
+    ("fp6_e2m3", 1001),
 )
 
 

@@ -50,6 +50,12 @@ def killed_in_a_step(folder, four):
     return run_group(task, folder / "killed", source=source, **TWO)
 
 
+@pytest.fixture(scope="module")
+def files(folder):
+    """Two processes with explicit axes, damaged files, and errors of one process."""
+    return finished(run_group("work_with_files", folder / "files", **TWO))
+
+
 def finished(group):
     assert not any(group.codes), group.shown()
     return group
@@ -187,7 +193,70 @@ def test_every_process_raises_if_the_writer_cannot_write(group):
     first, *others = [result["no folder"] for result in group.results]
     assert first.startswith("FileNotFoundError: save: ")
     for error in others:
-        assert error.startswith("OSError: save: process 0, which writes for all")
+        assert error.startswith("OSError: save: ")
+        assert "cannot be written in process 0: FileNotFoundError" in error
+
+
+def test_explicit_axes_and_a_current_mesh_change_nothing(files):
+    qtree, _ = jaxq.quantize_params(worker.tree(), worker.TREE_RECIPE)
+    qmodel, y = one_device()
+    assert_kept(files, "explicit tree", qtree)
+    for name in ("model", "loaded", "filled"):
+        assert_kept(files, f"explicit {name}", nnx.state(qmodel))
+    for name in ("output", "loaded output"):
+        assert difference(files, f"explicit {name}", y) < 1e-5
+    moments = calibrated_on_one_device()[0]
+    assert difference(files, "explicit moments", moments) < 1e-5
+
+
+def test_load_on_a_mesh_reads_the_parts_of_a_process(files):
+    w = worker.numbers(256, 128)
+    assert_kept(files, "loaded on a mesh", {"w": w})
+    for result in files.results:
+        assert result["part"] == [128, 128]
+        assert result["bytes read"] == w.nbytes // 2
+
+
+def test_every_process_raises_if_one_cannot_read_its_part(files):
+    first, second = files.results
+    path = str(files.folder / "damaged")
+    damage = f"{path} is damaged: bytes 130048 to 131071 of w do not have their"
+    assert second["damaged"].startswith(f"RefusedFile: load: {damage}")
+    start = f"ValueError: load: {path} cannot be read in process 1: RefusedFile: load: "
+    assert first["damaged"].startswith(start + damage)
+    assert second["missing"].startswith("FileNotFoundError: load: there is no file")
+    assert first["missing"].startswith("OSError: load: ")
+    assert "cannot be read in process 1: FileNotFoundError" in first["missing"]
+    for result in files.results:
+        assert "not the same file in all processes" in result["different files"]
+        assert result["good"] == ""
+
+
+def test_every_process_raises_if_one_has_an_error_in_save(files):
+    first, second = files.results
+    assert "save: the file cannot be written: File too large" in first["full disk"]
+    in_first = "kept cannot be written in process 0: "
+    assert second["full disk"].startswith("OSError: save: ")
+    assert in_first + first["full disk"] in second["full disk"]
+    for name in ("no memory in process 0", "no memory for an array"):
+        assert first[name] == "MemoryError: no memory"
+        assert f"{in_first}MemoryError: no memory" in second[name]
+    assert second["no memory in process 1"] == "MemoryError: no memory"
+    assert "in process 1: MemoryError" in first["no memory in process 1"]
+    # The file before these errors is there, and no part of another one.
+    assert first["files"] == ["kept"]
+    saved = jaxq.load(files.folder / "kept")
+    assert_same(saved, {"w": worker.numbers(256, 128)})
+
+
+def test_save_puts_no_whole_array_on_a_device(files):
+    w = worker.numbers(256, 128)
+    qt = jaxq.quantize(w, "int8")
+    expected = {"w": w, "qt": qt, "b": w > 0}
+    assert_same(jaxq.load(files.folder / "counted"), expected)
+    for result in files.results:
+        assert 0 < result["most bytes"] <= w.nbytes // 2
+        assert result["new arrays"] == 0
 
 
 def test_place_refuses_different_numbers(group):

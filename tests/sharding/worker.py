@@ -8,8 +8,10 @@ file. Every process writes its other results, as JSON.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -64,8 +66,8 @@ def tree() -> dict[str, np.ndarray]:
     return {"w": numbers(256, 64), "experts": numbers(2, 64, 64), "b": numbers(64)}
 
 
-def mesh_of_all(shape=(2, 2)):
-    return jax.make_mesh(shape, ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+def mesh_of_all(kind=AxisType.Auto):
+    return jax.make_mesh((2, 2), ("d", "t"), axis_types=(kind, kind))
 
 
 def sharded(x: np.ndarray, mesh, *spec):
@@ -183,15 +185,15 @@ def refuse(worker: Worker) -> None:
     )
 
 
-def calibrate(worker: Worker):
+def calibrate(worker: Worker, name: str = "moments", channels: str | None = "t"):
     """Statistics of inputs of which each process holds a part of rows and channels."""
-    rules = {"kernel": P("t", None), "**": P()}
+    rules = {"kernel": P(channels, None), "**": P()}
     layer = jaxq.sharding.place(
         nnx.Linear(64, 32, rngs=nnx.Rngs(0)), worker.mesh, rules
     )
-    data = [sharded(batch, worker.mesh, "d", "t") for batch in batches()]
+    data = [sharded(batch, worker.mesh, "d", channels) for batch in batches()]
     stats = jaxq.nn.calibrate(layer, data, observer=jaxq.observers.absmax())
-    worker.keep("moments", stats[""].hessian)
+    worker.keep(name, stats[""].hessian)
     return layer, stats
 
 
@@ -232,6 +234,168 @@ def save(worker: Worker, qtree, qmodel) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(worker.folder / "tree", qtree)
         checkpointer.save(worker.folder / "model", nnx.state(qmodel))
+
+
+class Files:
+    """Files of arrays that are sharded over the processes."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self.folder = worker, worker.folder
+        self.w = sharded(numbers(256, 128), worker.mesh, "d")
+        self.rules = {"w": P("d")}
+
+    def saved(self, name: str, w=None) -> Path:
+        path = self.folder / name
+        jaxq.save(path, {"w": self.w if w is None else w})
+        return path
+
+    def error_of_load(self, name: str, path: Path) -> None:
+        mesh, rules = self.worker.mesh, self.rules
+        self.worker.results[name] = self.worker.error_of(
+            lambda: jaxq.load(path, mesh=mesh, rules=rules)
+        )
+
+    def error_of_save(self, name: str) -> None:
+        self.worker.results[name] = self.worker.error_of(lambda: self.saved("kept"))
+
+
+def work_with_files(worker: Worker) -> None:
+    from jaxq.files import _checksums
+
+    _checksums.CHUNK = 1 << 10
+    work_with_explicit_axes(worker)
+    files = Files(worker)
+    load_on_mesh(files)
+    refuse_damage(files)
+    refuse_to_save(files)
+    count_bytes_on_devices(files)
+
+
+def work_with_explicit_axes(worker: Worker) -> None:
+    """What `work` does, on a mesh with explicit axes that is the current mesh."""
+    worker.mesh = mesh = mesh_of_all(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        floats = {
+            name: sharded(x, mesh, *TREE_RULES[name]) for name, x in tree().items()
+        }
+        qtree, _ = jaxq.quantize_params(floats, TREE_RECIPE)
+        worker.keep("explicit tree", qtree)
+        model = jaxq.sharding.place(Net(nnx.Rngs(0)), mesh, RULES)
+        qmodel, _ = jaxq.quantize_model(model, INT4)
+        worker.keep("explicit model", nnx.state(qmodel))
+        run(worker, "explicit output", qmodel)
+        # jax does not sum a float product over explicit axes.
+        calibrate(worker, "explicit moments", channels=None)
+        path = worker.folder / "explicit"
+        jaxq.save(path, qmodel)
+        into = Net(nnx.Rngs(1))
+        loaded = jaxq.load(path, into=into, mesh=mesh, rules=RULES)
+        worker.keep("explicit loaded", nnx.state(loaded))
+        run(worker, "explicit loaded output", loaded)
+        worker.keep("explicit filled", nnx.state(jaxq.load(path, into=qmodel)))
+    worker.mesh = mesh_of_all()
+
+
+def load_on_mesh(files: Files) -> None:
+    """Each process reads its own half."""
+    from jaxq.files import TensorFile
+
+    path, worker = files.saved("tree"), files.worker
+    num_bytes, read_into = [], TensorFile._read_into
+
+    def counted(file, data, position):
+        num_bytes.append(data.size)
+        read_into(file, data, position)
+
+    TensorFile._read_into = counted
+    with open(path, "rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    loaded = jaxq.load(path, mesh=worker.mesh, rules=files.rules)
+    TensorFile._read_into = read_into
+    worker.results["bytes read"] = sum(num_bytes) - header
+    worker.keep("loaded on a mesh", loaded)
+    worker.results["part"] = list(loaded["w"].addressable_shards[0].data.shape)
+
+
+def refuse_damage(files: Files) -> None:
+    """Files that only one process cannot read, and different files."""
+    path, index = files.saved("damaged"), files.worker.index
+    multihost_utils.sync_global_devices("saved")
+    if index == 0:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # in the half of the last process
+        path.write_bytes(bytes(content))
+    multihost_utils.sync_global_devices("damaged")
+    files.error_of_load("damaged", path)
+    other = files.saved("other", -files.w)
+    good = files.folder / "tree"
+    files.error_of_load("missing", good if index == 0 else files.folder / "missing")
+    files.error_of_load("different files", good if index == 0 else other)
+    files.error_of_load("good", good)
+
+
+def refuse_to_save(files: Files) -> None:
+    """Errors of one process at different places of `save`."""
+    from jaxq.processes import _host_copies
+    from jaxq.serialization import _entries
+
+    index = files.worker.index
+    files.saved("kept")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if index == 0:  # as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (files.w.nbytes // 2, limits[1]))
+    files.error_of_save("full disk")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def without_memory(*_):
+        raise MemoryError("no memory")
+
+    for process in range(2):
+        describe = _entries.EntryWriter._describe_array
+        if index == process:
+            _entries.EntryWriter._describe_array = without_memory
+        files.error_of_save(f"no memory in process {process}")
+        _entries.EntryWriter._describe_array = describe
+    whole = _host_copies._whole
+    if index == 0:
+        _host_copies._whole = without_memory
+    files.error_of_save("no memory for an array")
+    _host_copies._whole = whole
+    files.worker.results["files"] = sorted(p.name for p in files.folder.glob("*kept*"))
+
+
+def count_bytes_on_devices(files: Files) -> None:
+    """The most bytes of an array that jax puts on a device in a save."""
+    most = 0
+    makers = ("device_put", "make_array_from_callback")
+    makers = (*makers, "make_array_from_single_device_arrays", "shard_map")
+    originals = {name: getattr(jax, name) for name in makers}
+
+    def counted(make):
+        def made(*args, **options):
+            nonlocal most
+            value = make(*args, **options)
+            if callable(value):  # a function to which shard_map was applied
+                return counted(value)
+            for shard in value.addressable_shards:
+                most = max(most, shard.data.size * value.dtype.itemsize)
+            return value
+
+        return made
+
+    gc.collect()
+    num_before = len(jax.live_arrays())
+    for name, make in originals.items():
+        setattr(jax, name, counted(make))
+    qt = jaxq.quantize(files.w, "int8")
+    most = 0
+    jaxq.save(files.folder / "counted", {"w": files.w, "qt": qt, "b": files.w > 0})
+    for name, make in originals.items():
+        setattr(jax, name, make)
+    del qt
+    gc.collect()
+    files.worker.results["most bytes"] = most
+    files.worker.results["new arrays"] = len(jax.live_arrays()) - num_before
 
 
 def restore(worker: Worker) -> tuple:
@@ -318,6 +482,7 @@ TASKS = {
     task.__name__: task
     for task in (
         work,
+        work_with_files,
         calibrate_gptq,
         restore_and_work,
         restore_and_lose_a_process,

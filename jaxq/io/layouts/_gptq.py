@@ -9,7 +9,7 @@
 
 A number is `scales[g] * (code - zero)`. Codes are a little-endian stream of `bits`
 bits, also for 3 bits. `checkpoint_format="gptq"`, the first version, stores `zero - 1`
-modulo 2^bits. "gptq_v2" stores the zero point itself.
+on whole words, see `_zeros_of_version_1`. "gptq_v2" stores the zero point itself.
 
 With `sym`, all zero points are 2^(bits-1), and the QTensor has signed codes without a
 zero point. Otherwise it has unsigned codes and zero points.
@@ -141,11 +141,24 @@ def _leaves(
         if bits == 8:
             signed = jax.lax.bitcast_convert_type(signed, jnp.int8)
         return signed, scale, None
-    first_version = settings.choice("checkpoint_format", _VERSIONS, "gptq") == "gptq"
-    step = np.uint8(1 if first_version else 0)
-    # The first version stores `zero - 1` modulo 2^bits: 15 in 4 bits means 0.
-    zero_point = (stored + step) & np.uint8((1 << bits) - 1)
+    version = settings.choice("checkpoint_format", _VERSIONS, "gptq")
+    zero_point = stored if version == "gptq_v2" else _zeros_of_version_1(zeros, bits)
     return data, scale, zero_point.T
+
+
+def _zeros_of_version_1(words: jax.Array, bits: int) -> jax.Array:
+    """The zero points of the first version, uint8 `[groups, out]`.
+
+    GPTQModel subtracts 1 from all fields of a word at once, so a zero point of 0
+    borrows from the next field. Adding to whole words undoes this. It packs 3 bits
+    field by field.
+    """
+    if bits == 3:
+        stored = formats.unpack(word_bytes(words), bits, _PACKINGS[bits])
+        return (stored + np.uint8(1)) & np.uint8((1 << bits) - 1)
+    ones = sum(1 << shift for shift in range(0, 32, bits))  # 0x11111111 for 4 bits
+    moved = jax.lax.bitcast_convert_type(words, jnp.uint32) + np.uint32(ones)
+    return formats.unpack(word_bytes(moved), bits, _PACKINGS[bits])
 
 
 _VERSIONS = ("gptq", "gptq_v2")

@@ -7,7 +7,7 @@ of parameters in a trace of any function, for trees of arrays. All of them use
 the Hessian.
 """
 
-from jaxq.nn.calibration._batches import Batch, as_batches
+from jaxq.nn.calibration._batches import Batch, as_batches, copied_batches
 from jaxq.nn.calibration._linen import (
     LinenFunction,
     collect_linen_stats,

@@ -75,11 +75,16 @@ class Quantized(linen.Module):
         """
         self._jaxq_check()
         module = self._jaxq_module
-        with linen.intercept_methods(use_codes):
+        with linen.intercept_methods(self._jaxq_interceptor()):
             if callable(method):
                 return method(module, *args, **kwargs)
             function = module if method is None else getattr(module, method)
             return function(*args, **kwargs)
+
+    @linen.nowrap
+    def _jaxq_interceptor(self) -> Callable[..., Any]:
+        """What runs in place of the methods of layers."""
+        return use_codes
 
     @linen.nowrap
     def _jaxq_check(self) -> None:
@@ -157,7 +162,9 @@ class Quantized(linen.Module):
             if name.startswith("_") or "_jaxq_module" not in vars(self):
                 raise
         value = getattr(self._jaxq_module, name)
-        return value if self.scope is None else _with_codes(value)
+        if self.scope is None:
+            return value
+        return _intercepted(value, self._jaxq_interceptor())
 
 
 class _Method:
@@ -170,29 +177,30 @@ class _Method:
         return quantized._jaxq_enter(self.method, *args, **kwargs)
 
 
-class _WithCodes:
-    """A bound module or method of a bound `Quantized`. Its calls multiply by codes."""
+class _Intercepted:
+    """A bound module or method of a bound `Quantized`. Its calls are intercepted."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: Any, interceptor: Callable[..., Any]):
         self._value = value
+        self._interceptor = interceptor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with linen.intercept_methods(use_codes):
+        with linen.intercept_methods(self._interceptor):
             return self._value(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return _with_codes(getattr(self._value, name))
+        return _intercepted(getattr(self._value, name), self._interceptor)
 
 
-def _with_codes(value: Any) -> Any:
+def _intercepted(value: Any, interceptor: Callable[..., Any]) -> Any:
     """Wraps a module, a method or a tuple of them. Returns other values unchanged."""
     is_method = inspect.ismethod(value) and isinstance(value.__self__, linen.Module)
     if is_method or isinstance(value, linen.Module):
-        return _WithCodes(value)
+        return _Intercepted(value, interceptor)
     if type(value) is tuple:  # flax keeps lists as tuples
-        return tuple(_with_codes(element) for element in value)
+        return tuple(_intercepted(element, interceptor) for element in value)
     return value
 
 

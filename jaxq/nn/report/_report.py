@@ -108,18 +108,19 @@ class Report:
 
     def to_markdown(self) -> str:
         """A markdown table with the totals below it."""
-        return as_markdown(self.rows, self._totals())
+        return as_markdown(self.rows, self.totals)
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
     def __rich__(self) -> Any:
-        return as_rich_table(self.rows, self._totals())
+        return as_rich_table(self.rows, self.totals)
 
     def __str__(self) -> str:
-        return as_text(self.rows, self._totals())
+        return as_text(self.rows, self.totals)
 
-    def _totals(self) -> str:
+    @property
+    def totals(self) -> str:
         """One line of totals, then the notes."""
         totals = (
             f"{len(self.quantized)} of {len(self.rows)} parameters quantized, "

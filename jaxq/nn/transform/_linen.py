@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -240,8 +239,6 @@ class LinenAdapter:
         self._params = params_of(variables)
         self._slots: list[Slot] = []
         self._quantized: list[_Key] = []
-        # The boxes of weights in training, which lose them.
-        self._unboxed: dict[_Key, Any] = {}
         # Rules that skip parameters outside of slots. The report gives their reasons.
         self._skipped: dict[_Key, Rule] = {}
         self._unreached: list[str] = []
@@ -318,14 +315,7 @@ class LinenAdapter:
         self._params[key] = linen.meta.replace_boxed(self._params[key], bias)
 
     def put_weight(self, slot: Slot, weight: QTensor | TrainedWeight) -> None:
-        old = self._params[slot.place]
-        if isinstance(weight, QTensor):
-            self._params[slot.place] = boxed_like(weight, old)
-        else:
-            # The leaves of a weight in training have no mesh axes.
-            self._params[slot.place] = weight
-            if isinstance(old, linen.meta.AxisMetadata):
-                self._unboxed[slot.place] = old
+        self._params[slot.place] = boxed_like(weight, self._params[slot.place])
         self._quantized.append(slot.place)
 
     def finish(self) -> tuple[Quantized, Any]:
@@ -350,8 +340,6 @@ class LinenAdapter:
                 kind = kinds.get(key, self._class_name(key[:-1]))
                 value = linen.meta.unbox(boxed)
                 row = float_row("/".join(key), kind, value, self._why_float(key, value))
-            if key in self._unboxed:
-                row = _with_box_note(row, self._unboxed[key])
             out.append(row)
         for collection, tree in self._variables.items():
             if collection != "params":
@@ -538,9 +526,3 @@ def _joined(keys: Iterable[_Key]) -> tuple[str, ...]:
 def _is_float(value: Any) -> bool:
     dtype = getattr(value, "dtype", int)
     return not isinstance(value, QTensor) and jnp.issubdtype(dtype, jnp.floating)
-
-
-def _with_box_note(row: Row, box: Any) -> Row:
-    """A row of the report that says that the weight lost its box of metadata."""
-    note = f"its box {type(box).__name__}{getattr(box, 'names', '')} is removed"
-    return dataclasses.replace(row, note="; ".join(filter(None, (row.note, note))))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxq import formats, methods
-from jaxq.nn.calibration import as_batches
+from jaxq.nn.calibration import copied_batches
 from jaxq.observers import LayerStats
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe
@@ -47,6 +47,7 @@ class Options:
 
     Raises:
       TypeError: `calibration` is one array instead of batches.
+      ValueError: `calibration` repeats without end.
       ValueError: `on_nonfinite`, `fallback` or `sequential` is not one of its choices;
         `donate` is True and `calibration` is not None; `resume` is not None and
         `sequential` is False.
@@ -80,7 +81,7 @@ class Options:
         if self.calibration is None or isinstance(self.calibration, Mapping):
             return
         # An iterator can be read once, and several steps need the batches.
-        batches = list(as_batches(self.calibration, self.caller))
+        batches = copied_batches(self.calibration, self.caller)
         object.__setattr__(self, "calibration", batches)
 
     def _order(self) -> str:

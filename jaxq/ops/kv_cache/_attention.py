@@ -18,11 +18,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxq.meshes import call_on_auto_axes, explicit_spec
+from jaxq.meshes import all_explicit_mesh, call_on_auto_axes, explicit_spec
+from jaxq.ops._on_parts import call_on_parts
 from jaxq.ops.kv_cache._arrays import CacheArrays, newest_in_ring
 from jaxq.ops.kv_cache._groups import read_groups
+from jaxq.ops.kv_cache._layout import cache_layout
 from jaxq.ops.kv_cache._online_softmax import (
     Block,
     Queries,
@@ -63,7 +65,17 @@ def attend(
     steps = functools.partial(_attend, scale=scale, block=block)
     # The heads of the result are those of the queries, on the same devices.
     out_spec = PartitionSpec(*explicit_spec(q))
-    return call_on_auto_axes(steps, out_spec, cache, q, k, v, count)
+    mesh = all_explicit_mesh((cache, q))
+    layout = None
+    if mesh is not None:
+        layout = cache_layout(cache, q, explicit_spec, mesh)
+    if mesh is None or layout is None:
+        return call_on_auto_axes(steps, out_spec, cache, q, k, v, count)
+    count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), cache.lengths.shape)
+    tokens = None if k is None else layout.tokens
+    in_specs = (layout.cache, layout.tokens, tokens, tokens, layout.slots)
+    y = call_on_parts(steps, mesh, in_specs, layout.tokens, cache, q, k, v, count)
+    return jax.sharding.reshard(y, NamedSharding(mesh, out_spec))
 
 
 def _attend(

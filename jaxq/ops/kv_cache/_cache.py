@@ -38,11 +38,12 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxq.ops._plan import Plan
+from jaxq.ops._plan_of_parts import mesh_of
 from jaxq.ops._platform_choice import known_platform, num_devices_of
 from jaxq.ops.kv_cache._append import append
 from jaxq.ops.kv_cache._arrays import CacheArrays, quantize_groups
 from jaxq.ops.kv_cache._attention import attend
-from jaxq.ops.kv_cache._plan import plan_attention
+from jaxq.ops.kv_cache._plan import plan_attention, plan_attention_on_mesh
 from jaxq.ops.kv_cache._spec import KVCacheSpec, as_kv_cache_spec, whole_number
 from jaxq.processes import to_numpy
 from jaxq.qtensor import FLOATS, QuantSpec, describe
@@ -290,13 +291,17 @@ class KVCache(CacheArrays):
             num_real = jnp.asarray(self._checked_count(count, t, "attend"), jnp.int32)
         return attend(self, q, k, v, num_real, scale=scale, block=block)
 
-    def explain(self, q: Any, *, platform: str | None = None) -> Plan:
+    def explain(self, q: Any, *, platform: str | None = None, mesh: Any = None) -> Plan:
         """Which kernel `attend(q)` runs, or why none runs. Nothing is computed.
+
+        On a mesh whose axes are all Explicit, each device reads its own slots and heads
+        with its own kernel.
 
         Args:
           q: queries `[b, t, n, h]` in the cache's dtype, or their
             `jax.ShapeDtypeStruct`.
           platform: as in `jaxq.explain`. None uses the default backend of jax.
+          mesh: as in `jaxq.explain`.
 
         Returns:
           A `Plan` with the path "attention". Print it to read it.
@@ -316,7 +321,10 @@ class KVCache(CacheArrays):
         """
         self._check_arrays("explain", q=q)
         platform = known_platform(platform, "KVCache.explain")
-        return plan_attention(self, q, platform, num_devices_of(self, q))
+        mesh = mesh_of(mesh, self, q)
+        if mesh is None or mesh.size == 1:
+            return plan_attention(self, q, platform, num_devices_of(self, q))
+        return plan_attention_on_mesh(self, q, platform, mesh)
 
     def reset(self, slots: jax.typing.ArrayLike | Sequence[int]) -> KVCache:
         """Empties some slots, so that they can hold other texts.

@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.kernels import varying_alike
+
 
 class Block(NamedTuple):
     """Some keys and values with their positions.
@@ -139,6 +141,10 @@ def fold_many(
     def step(i: jax.Array, state: Softmax) -> Softmax:
         return fold(state, block_at(i), queries)
 
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # In `jax.shard_map` a loop cannot change the mesh axes over which it varies.
+        arrays = [*state, queries.rows, queries.positions, *block_at(jnp.int32(0))]
+        state = Softmax(*varying_alike(arrays)[: len(state)])
     return lax.fori_loop(0, num_blocks, step, state)
 
 

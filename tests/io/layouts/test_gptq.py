@@ -32,12 +32,20 @@ def words_of(fields, bits, axis):
     return np.moveaxis(words, -1, axis)
 
 
+# GPTQModel adds these to whole words when it reads the first version, and subtracts
+# them when it writes it.
+ONES = {2: np.uint32(0x55555555), 4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}
+
+
 def decoded(tensors, config):
     """float64 `[in, out]`, from the formula of the file format."""
     bits = config["bits"]
     codes = fields_of(tensors["qweight"], bits, 0)  # [in, out]
-    zeros = fields_of(tensors["qzeros"], bits, 1)  # [groups, out]
-    if config.get("checkpoint_format", "gptq") == "gptq":
+    words, first = tensors["qzeros"], config.get("checkpoint_format", "gptq") == "gptq"
+    if first and bits != 3:
+        words = (np.asarray(words).view(np.uint32) + ONES[bits]).view(np.int32)
+    zeros = fields_of(words, bits, 1)  # [groups, out]
+    if first and bits == 3:
         zeros = (zeros + 1) % (1 << bits)
     group = np.asarray(tensors["g_idx"])
     scale = np.asarray(tensors["scales"], np.float64)
@@ -113,11 +121,15 @@ def test_three_bits_are_a_dense_stream():
     assert column == bits.to_bytes(12, "little")
 
 
-def test_version_one_wraps_the_zero_point_0():
-    tensors, config = random_weight(4, size=32, version="gptq")
-    tensors["qzeros"] = np.full((3, 8), -1, np.int32)  # every field is 15
-    qt = GPTQ.to_qtensor(tensors, config)
-    assert not np.asarray(qt.zero_point).any()
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_version_one_borrows_for_the_zero_point_0(bits):
+    tensors, config = random_weight(bits, size=32)
+    zeros = fields_of(tensors["qzeros"], bits, 1)
+    zeros[:, ::2] = 0
+    words = words_of(zeros, bits, 1).view(np.uint32) - ONES[bits]
+    tensors["qzeros"] = np.ascontiguousarray(words).view(np.int32)
+    qt = GPTQ.to_qtensor(tensors, config | {"checkpoint_format": "gptq"})
+    np.testing.assert_array_equal(np.asarray(qt.zero_point).T, zeros)
 
 
 def symmetric(stored, version):

@@ -121,14 +121,10 @@ CASES = [
 DEFAULT = [
     ("linear", "int4"),
     ("qkv", "nf4"),
-    ("output", "int4"),
     ("embed tokens", "fp8"),
     ("conv groups", "int4"),
 ]
-DEFAULT += [
-    (name, "w8a8")
-    for name in ("linear", "conv2d", "attend", "experts", "kernel's inner experts")
-]
+DEFAULT += [(name, "w8a8") for name in ("conv2d", "attend", "kernel's inner experts")]
 
 
 def data(name, shape, seed=1):
@@ -252,9 +248,7 @@ def test_output_and_gradient(name, recipe):
 
 @pytest.mark.parametrize(
     "name",
-    tables.thinned(
-        ["linear", "einsum", "conv2d", "embed tokens"], ["linear", "embed tokens"]
-    ),
+    tables.thinned(["linear", "einsum", "conv2d", "embed tokens"], ["linear"]),
 )
 def test_plain_call_is_the_jitted_one(name):
     make, shape = LAYERS[name]
@@ -298,8 +292,11 @@ STACKED += [
 ]
 
 
-FEW = [(name, "int4", by_nnx_scan) for name in ("linear", "embed tokens")]
-FEW += [("attention", "w8a8", by_lax_scan), ("linear", "int8", by_vmap)]
+FEW = [
+    ("embed tokens", "int4", by_nnx_scan),
+    ("attention", "w8a8", by_lax_scan),
+    ("linear", "int8", by_vmap),
+]
 
 
 @pytest.mark.parametrize(("name", "recipe", "run"), tables.thinned(STACKED, FEW))
@@ -385,7 +382,7 @@ NARROW = [
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    tables.thinned(NARROW, [("linear", "w8a8"), ("embed tokens", "int4")]),
+    tables.thinned(NARROW, [("linear", "w8a8")]),
 )
 def test_bfloat16_layers_are_near_the_float32_ones(name, recipe):
     make, shape = LAYERS[name]
@@ -444,21 +441,22 @@ def test_w8a8_multiplies_codes(name):
 
 
 def test_bfloat16_products_accumulate_in_float32():
-    bf16 = {"param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0), "weight": None}
+    bf16 = {"param_dtype": jnp.bfloat16, "weight": None}
     layers = [
-        (QLinear(40, 6, **bf16), (2, 40)),
-        (QLinearGeneral(40, (2, 3), **bf16), (2, 40)),
-        (QEinsum("bd,dn->bn", (40, 6), **bf16), (2, 40)),
-        (QConv(5, 6, (3,), **bf16), (2, 6, 5)),
-        (QConvTranspose(5, 6, (3,), **bf16), (2, 6, 5)),
+        (lambda rngs: QLinear(40, 6, rngs=rngs, **bf16), (2, 40)),
+        (lambda rngs: QLinearGeneral(40, (2, 3), rngs=rngs, **bf16), (2, 40)),
+        (lambda rngs: QEinsum("bd,dn->bn", (40, 6), rngs=rngs, **bf16), (2, 40)),
+        (lambda rngs: QConv(5, 6, (3,), rngs=rngs, **bf16), (2, 6, 5)),
+        (lambda rngs: QConvTranspose(5, 6, (3,), rngs=rngs, **bf16), (2, 6, 5)),
     ]
-    for layer, shape in layers:
+    for make, shape in layers:
+        layer = built(make)
         x = jnp.ones(shape, jnp.bfloat16)
         assert dots(layer, x) == [("bfloat16", "bfloat16", "float32", "float32")], type(
             layer
         )
         assert jax.eval_shape(layer, x).dtype == jnp.bfloat16
-    table = QEmbed(6, 40, weight=None, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    table = built(lambda rngs: QEmbed(6, 40, rngs=rngs, **bf16))
     assert dots(table.attend, jnp.ones((2, 40), jnp.bfloat16)) == [
         ("bfloat16", "bfloat16", "float32", "float32")
     ]
@@ -480,7 +478,7 @@ def test_masked_convolutions_stay_in_floats(layer):
 
 
 def test_a_table_of_one_row_returns_it_for_every_index():
-    layer = quantize(nnx.Embed(1, 40, rngs=nnx.Rngs(0)), "int8")
+    layer = quantize(built(lambda rngs: nnx.Embed(1, 40, rngs=rngs)), "int8")
     rows = layer(jnp.asarray([0, 3]))
     assert (rows[0] == rows[1]).all()
     assert np.isfinite(rows).all()

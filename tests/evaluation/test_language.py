@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxq.evaluation import compare, perplexity
+from jaxq.evaluation import compare, estimate_perplexity, perplexity
 
 
 class Bigram(nnx.Module):
@@ -84,12 +84,62 @@ def test_comparison_by_hand():
     )
 
 
+def standard_error(values):
+    """The standard error of a mean over windows: `[windows, predictions]`."""
+    means = [float(sum(row) / len(row)) for row in values]
+    center = sum(means) / len(means)
+    variance = sum((mean - center) ** 2 for mean in means) / (len(means) - 1)
+    return (variance / len(means)) ** 0.5
+
+
+def test_errors_quantiles_and_flips_by_hand():
+    p, q = log_softmax(table(1)), log_softmax(table(2))
+    rows, right = WINDOWS[:, :-1], WINDOWS[:, 1:]
+    kl = (np.exp(p) * (p - q)).sum(axis=-1)[rows]
+    loss, reference_loss = -q[rows, right], -p[rows, right]
+    got = compare(Bigram(table(1)), Bigram(table(2)), TOKENS, batch_size=5, context=8)
+    ordered = np.sort(kl.ravel())
+    assert (got.num_windows, got.num_predictions) == (12, 84)
+    assert got.kl_error == pytest.approx(standard_error(kl), rel=1e-4)
+    assert got.kl_max == pytest.approx(ordered[-1], rel=1e-5)
+    assert got.kl_median == pytest.approx((ordered[41] + ordered[42]) / 2, rel=1e-5)
+    # 83 steps between 84 numbers: 99 % lies 0.17 of a step after number 82.
+    p99 = 0.83 * ordered[82] + 0.17 * ordered[83]
+    assert got.kl_p99 == pytest.approx(p99, rel=1e-5)
+    error = got.perplexity * standard_error(loss)
+    assert got.perplexity_error == pytest.approx(error, rel=1e-4)
+    error = got.reference_perplexity * standard_error(reference_loss)
+    assert got.reference_perplexity_error == pytest.approx(error, rel=1e-4)
+    ratio = got.perplexity / got.reference_perplexity
+    assert got.perplexity_ratio == pytest.approx(ratio, rel=1e-6)
+    error = ratio * standard_error(loss - reference_loss)
+    assert got.perplexity_ratio_error == pytest.approx(error, rel=1e-4)
+    is_right = q.argmax(axis=-1)[rows] == right
+    was_right = p.argmax(axis=-1)[rows] == right
+    assert got.flips_to_right == pytest.approx((is_right & ~was_right).mean())
+    assert got.flips_to_wrong == pytest.approx((~is_right & was_right).mean())
+    assert got.flips_to_right > 0
+    assert got.flips_to_wrong > 0
+
+
+def test_perplexity_with_its_error_by_hand():
+    loss = -log_softmax(table(1))[WINDOWS[:, :-1], WINDOWS[:, 1:]]
+    got = estimate_perplexity(Bigram(table(1)), TOKENS, batch_size=5, context=8)
+    assert got.value == perplexity(Bigram(table(1)), TOKENS, batch_size=5, context=8)
+    assert got.error == pytest.approx(got.value * standard_error(loss), rel=1e-4)
+    assert (got.num_windows, got.num_predictions) == (12, 84)
+    one = estimate_perplexity(Bigram(table(1)), TOKENS[:8], context=8)
+    assert np.isnan(one.error)
+
+
 def test_a_model_agrees_with_itself():
     model = Bigram(table(1))
     got = compare(model, model, TOKENS, context=8)
     assert got.kl == 0
     assert got.top1_agreement == 1
     assert got.perplexity == got.reference_perplexity
+    assert got.perplexity_ratio == 1
+    assert got.kl_max == got.flips_to_right == got.flips_to_wrong == 0
 
 
 def test_banned_tokens_do_not_make_kl_nan():
@@ -105,6 +155,8 @@ def test_nan_logits_are_not_hidden():
     broken = table(1)
     broken[WINDOWS[0, 0]] = np.nan
     assert np.isnan(perplexity(Bigram(broken), TOKENS, context=8))
+    got = compare(Bigram(table(1)), Bigram(broken), TOKENS, context=8)
+    assert np.isnan([got.kl, got.kl_error, got.kl_p99, got.kl_max]).all()
 
 
 def test_a_module_is_traced_once_a_shape():

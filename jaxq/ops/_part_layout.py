@@ -74,7 +74,7 @@ def part_layout(
 
     def fits(axes: tuple[int, int], entry: Any) -> bool:
         return all(
-            _fits(operand, axis, entry, mesh)
+            fits_parts(operand, axis, entry, mesh)
             for operand, axis in zip(operands, axes, strict=True)
         )
 
@@ -89,7 +89,7 @@ def part_layout(
             if axis in bound:
                 continue
             entry = claim(names[side][axis])
-            if not _fits(operand, axis, entry, mesh):
+            if not fits_parts(operand, axis, entry, mesh):
                 return None
             layout[side][axis] = entry
             out.append(entry)
@@ -121,7 +121,7 @@ def gathers_codes(operand: Any, names: tuple, spec: PartitionSpec) -> bool:
     )
 
 
-def _fits(operand: Any, axis: int, entry: Any, mesh: Any) -> bool:
+def fits_parts(operand: Any, axis: int, entry: Any, mesh: Any) -> bool:
     """True if shards of an axis are operands themselves: arrays or QTensors."""
     if entry is None:
         return True

@@ -1,14 +1,4 @@
-"""Arrays in programs that run in several processes.
-
-With `jax.distributed`, each process holds only its own part of an array that is sharded
-over all devices. So `numpy.asarray` of such an array raises an error, and an array that
-one process holds alone cannot be put on the devices of all processes by
-`jax.device_put`. The functions here do both. In one process they are `numpy.asarray`
-and `jax.device_put`.
-
-Every process runs the same program. So all of them call these functions in the same
-order, as they do with every computation on a sharded array.
-"""
+"""Arrays of several processes: to the host of each, and to all devices."""
 
 from __future__ import annotations
 
@@ -49,7 +39,17 @@ def has_remote_parts(x: Any) -> bool:
     return not x.is_fully_addressable and not x.is_fully_replicated
 
 
-def put(x: Any, sharding: Sharding) -> jax.Array:
+def spans_processes(x: Any) -> bool:
+    """True if the devices of an array belong to several processes.
+
+    All processes get the same answer, unlike that of `has_remote_parts`.
+    """
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+        return False
+    return len({device.process_index for device in x.sharding.device_set}) > 1
+
+
+def put(x: Any, sharding: Sharding, *, compares: bool = True) -> jax.Array:
     """Puts an array on the devices of a sharding, also on those of other processes.
 
     If the devices are those of several processes, the array is either on them already,
@@ -59,51 +59,34 @@ def put(x: Any, sharding: Sharding) -> jax.Array:
     Args:
       x: an array.
       sharding: where its parts belong.
+      compares: False if it is known that the processes hold the same array. Then
+        nothing is sent, and no process waits for another one.
 
     Raises:
       ValueError: the processes hold different arrays.
     """
-    is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
-    if sharding.is_fully_addressable or not is_local:
+    if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
+    # device_put does not put keys on the devices of other processes.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = put(jax.random.key_data(x), sharding)
+        data = put(jax.random.key_data(x), sharding, compares=compares)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
     numbers = np.asarray(x)
-    _check_same(numbers, sharding)
+    if compares:
+        _check_same(numbers, sharding)
     return jax.make_array_from_callback(
         numbers.shape, sharding, lambda index: numbers[index]
     )
-
-
-def first_owner(x: jax.Array) -> int:
-    """The first process that holds a part of an array."""
-    return min(device.process_index for device in x.sharding.device_set)
-
-
-def is_true_everywhere(condition: bool, x: jax.Array) -> bool:
-    """True if a condition is true in every process that holds a part of an array.
-
-    Waits until each of them has made the call.
-    """
-    mesh = Mesh(_devices_of(x.sharding), ("devices",))
-    sharding = NamedSharding(mesh, PartitionSpec("devices"))
-    conditions = jax.make_array_from_callback(
-        (mesh.size,), sharding, lambda _: np.array([condition])
-    )
-    with jax.set_mesh(mesh):  # instead of the mesh of the caller
-        return bool(jnp.all(conditions))
 
 
 def _on_every_device(sharding: Sharding) -> NamedSharding:
     """The whole array on each device of a sharding."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
-    return NamedSharding(Mesh(_devices_of(sharding), ("devices",)), PartitionSpec())
-
-
-def _devices_of(sharding: Sharding) -> np.ndarray:
-    return np.array(sorted(sharding.device_set, key=lambda device: device.id))
+    devices = sorted(sharding.device_set, key=lambda device: device.id)
+    return NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
 
 
 def _check_same(numbers: np.ndarray, sharding: Sharding) -> None:

@@ -1,0 +1,126 @@
+"""Calibration statistics of a model in one file.
+
+The file is a tree of `jaxq.save`:
+
+    {"kind": "statistics", "model": digest of the config, "sources": [texts],
+     "tokens": 4096, "observer": JSON of an observer or "", "layers": {path: stats}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from jaxq import io, observers
+from jaxq.nn.calibration import as_stats
+from jaxq.observers import LayerStats, Observer, empty_stats, merge_stats
+
+_KIND = "statistics"
+_FIELDS = {"kind", "model", "sources", "tokens", "observer", "layers"}
+# The arrangement of layers does not change what they compute.
+_IGNORED = ("scan_layers",)
+
+
+class Statistics(NamedTuple):
+    """What a file of statistics holds.
+
+    Attributes:
+        model: the digest of the config of the model.
+        sources: the texts.
+        num_tokens: how many tokens the model read.
+        observer: the observer of static ranges, or None.
+        layers: the statistics of each layer by its path.
+    """
+
+    model: str
+    sources: tuple[str, ...]
+    num_tokens: int
+    observer: Observer | None
+    layers: dict[str, LayerStats]
+
+
+def digest(model: Any) -> str:
+    """A digest of the config of a model."""
+    config = dataclasses.asdict(model.config)
+    for name in _IGNORED:
+        config.pop(name, None)
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path: Path, statistics: Statistics) -> None:
+    """Writes a file of statistics. It is complete or not there."""
+    observer = statistics.observer
+    tree = {
+        "kind": _KIND,
+        "model": statistics.model,
+        "sources": list(statistics.sources),
+        "tokens": statistics.num_tokens,
+        "observer": "" if observer is None else json.dumps(observer.to_dict()),
+        "layers": statistics.layers,
+    }
+    io.save(path, tree)
+
+
+def read(path: Path) -> Statistics:
+    """Reads a file of statistics.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    tree = io.load(path)
+    if not isinstance(tree, dict) or set(tree) != _FIELDS or tree["kind"] != _KIND:
+        raise ValueError(
+            f"{path} has no calibration statistics. Make such a file with "
+            "`jaxq statistics collect`."
+        )
+    observer = None
+    if tree["observer"]:
+        observer = observers.from_dict(json.loads(tree["observer"]))
+    like = empty_stats(1, observer=observer)
+    like = like._replace(patches=empty_stats(1))
+    layers = {name: as_stats(value, like) for name, value in tree["layers"].items()}
+    sources = tuple(tree["sources"])
+    return Statistics(tree["model"], sources, tree["tokens"], observer, layers)
+
+
+def merge(parts: Sequence[Statistics], paths: Sequence[Path]) -> Statistics:
+    """The statistics of all parts.
+
+    Raises:
+        click.UsageError: the parts are of different models, observers or layers.
+    """
+    merged = parts[0]
+    for part, path in zip(parts[1:], paths[1:], strict=True):
+        if part.model != merged.model:
+            raise click.UsageError(f"{path} is of another model than {paths[0]}.")
+        if part.observer != merged.observer:
+            raise click.UsageError(f"{path} has another observer than {paths[0]}.")
+        if set(part.layers) != set(merged.layers):
+            raise click.UsageError(f"{path} has other layers than {paths[0]}.")
+        merged = Statistics(
+            model=merged.model,
+            sources=(*merged.sources, *part.sources),
+            num_tokens=merged.num_tokens + part.num_tokens,
+            observer=merged.observer,
+            layers={
+                name: merge_stats(stats, part.layers[name], merged.observer)
+                for name, stats in merged.layers.items()
+            },
+        )
+    return merged
+
+
+def check_model(statistics: Statistics, path: Path, model: Any) -> None:
+    """Raises click.UsageError if the statistics are of another model."""
+    if statistics.model != digest(model):
+        raise click.UsageError(
+            f"--statistics {path}: these are statistics of a model with another "
+            "config. Collect them for this model."
+        )

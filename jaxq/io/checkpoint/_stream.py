@@ -1,0 +1,405 @@
+"""`quantize_checkpoint`: shards in, shards out, one parameter at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.files import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    NewFile,
+    TensorFile,
+    TensorStream,
+    is_file,
+    naming_errors,
+    remove_leftovers,
+)
+from jaxq.io.checkpoint._checkpoint import Checkpoint, read_checkpoint
+from jaxq.io.checkpoint._export import (
+    combined_config,
+    index_text,
+    json_text,
+    shard_names,
+    shards,
+    tensors_of,
+)
+from jaxq.io.checkpoint._parts import is_table, parts_of
+from jaxq.io.checkpoint._stream_job import RECORD, Job
+from jaxq.io.checkpoint._stream_plan import Step, plan_steps, quantized_weight
+from jaxq.io.checkpoint._targets import Target, WeightSettings, target
+from jaxq.qtensor import QuantSpec
+from jaxq.recipes import Recipe, as_recipe
+
+_CALLER = "jaxq.io.quantize_checkpoint"
+_SHARD_BYTES = 2 * 10**9
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: str | QuantSpec | Recipe,
+    *,
+    format: str = "compressed-tensors",
+    shard_bytes: int = _SHARD_BYTES,
+    progress: bool | None = None,
+) -> dict[str, str]:
+    """Quantizes a checkpoint that may be larger than the memory.
+
+    Parameters are read, quantized and written one by one. Reading the next parameter
+    and writing the last one overlap with this. Memory holds a few times the largest
+    parameter, whatever the size of the model is.
+
+    If the run is killed, call the function again with the same arguments. It checks the
+    hashes of the shards that are whole, and goes on with the next one. `config.json` is
+    written last, so nothing takes a part for the whole.
+
+    Args:
+      source: a directory or a GGUF file, as in `read_checkpoint`. Quantized weights are
+        dequantized first.
+      out: a directory, which is made if it does not exist.
+      recipe: as in `jaxq.quantize_model`, without methods and observers that need data.
+        A path is that of the module: "model/layers/0/mlp/up_proj", or without "model/".
+      format: as in `export`, without "gguf" and "hf". The specs of the recipe must fit.
+      shard_bytes: each shard has the parameters of so many bytes of the source.
+      progress: show a line of progress. None shows it on a terminal.
+
+    Returns:
+      What was done with each parameter by name: the name of its format, or why it stays
+      as it is.
+
+    Raises:
+      ValueError: the recipe is unknown, needs data, or has a rule that matches nothing;
+        a weight has a number that is not finite, or does not fit the format; the source
+        is damaged; or `out` has a checkpoint, or the record of another run.
+      OSError: a file cannot be read or written. The error names it.
+
+    Example:
+      >>> import os, numpy as np, jaxq
+      >>> from safetensors.numpy import save_file
+      >>> os.makedirs("floats", exist_ok=True)
+      >>> save_file({"up.weight": np.ones((64, 32), np.float32)},
+      ...   "floats/model.safetensors")
+      >>> with open("floats/config.json", "w") as file:
+      ...   size = file.write("{}")
+      >>> jaxq.io.quantize_checkpoint("floats", "quantized", "int8")
+      {'up.weight': 'int8'}
+      >>> with jaxq.io.read_checkpoint("quantized") as checkpoint:
+      ...   checkpoint["up.weight"].spec.fmt.name
+      'int8'
+    """
+    recipe = as_recipe(recipe, _CALLER)
+    kind = target(format, _CALLER)
+    out = Path(out)
+    with read_checkpoint(source, dequantize=True, caller=_CALLER) as checkpoint:
+        steps = plan_steps(checkpoint, recipe, _CALLER)
+        _try_each_shape(checkpoint, steps, kind, format)
+        with naming_errors(out, _CALLER, "the directory cannot be written"):
+            out.mkdir(parents=True, exist_ok=True)
+        job = _job(checkpoint, out, recipe, format, shard_bytes)
+        groups = shards({step.name: step.num_bytes for step in steps}, shard_bytes)
+        names = shard_names(len(groups))
+        by_name = {step.name: step for step in steps}
+        line = _ProgressLine(sum(step.num_bytes for step in steps), progress)
+        settings: dict[str, WeightSettings] = {}
+        for name, group in zip(names, groups, strict=True):
+            own_steps = [by_name[parameter] for parameter in group]
+            found = job.finished(name)
+            if found is None:
+                written = _write_shard(out / name, checkpoint, own_steps, kind, line)
+                job.add(name, settings=_as_json(written))
+            else:
+                written = _from_json(found["settings"])
+                line.skip(sum(step.num_bytes for step in own_steps))
+            settings |= written
+        line.end()
+        _finish(checkpoint, out, names, steps, settings, kind, format)
+        job.end()
+    return {step.name: _outcome(step) for step in steps}
+
+
+def _job(
+    checkpoint: Checkpoint, out: Path, recipe: Recipe, format: str, shard_bytes: int
+) -> Job:
+    """The record of this run.
+
+    Raises:
+      ValueError: the directory has a checkpoint, or the record of another run.
+    """
+    description = {
+        "version": 1,
+        "source": checkpoint.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "format": format.lower().replace("-", "_"),
+        "shard_bytes": shard_bytes,
+    }
+    has_checkpoint = is_file(out / CONFIG, _CALLER)
+    has_record = is_file(out / RECORD, _CALLER)
+    if has_checkpoint and not has_record:
+        raise ValueError(
+            f"{_CALLER}: {out} has a checkpoint already. Use another directory."
+        )
+    return Job(out, description, _CALLER)
+
+
+def _try_each_shape(
+    checkpoint: Checkpoint, steps: list[Step], kind: Target, format: str
+) -> None:
+    """Quantizes ones of each shape, so that what cannot work fails before the work.
+
+    Raises:
+      ValueError: weights do not fit their spec or the format. One error lists them.
+    """
+    problems, tried = [], set()
+    for step in steps:
+        if step.rule is None:
+            continue
+        shape = checkpoint.eval_shape(step.name)
+        key = (shape.shape, str(shape.dtype), step.rule, is_table(step.name))
+        if key in tried:
+            continue
+        tried.add(key)
+        try:
+            ones = jnp.ones(shape.shape, shape.dtype)
+            tensors_of(step.name, quantized_weight(ones, step), kind)
+        except ValueError as error:
+            problems.append(f"{step.name}: {error}")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ValueError(
+            f"{_CALLER}: format={format!r} cannot hold these weights:\n{lines}"
+        )
+
+
+def _write_shard(
+    path: Path,
+    checkpoint: Checkpoint,
+    steps: list[Step],
+    kind: Target,
+    line: _ProgressLine,
+) -> dict[str, WeightSettings]:
+    """Writes one shard. A killed run leaves a temporary file, which the next removes.
+
+    Returns:
+      The settings of the quantized weights by the path of their module.
+    """
+    remove_leftovers(path.parent, path.name)
+    settings: dict[str, WeightSettings] = {}
+    names = [name for step in steps for name in _names_of_tensors(step, kind)]
+    most_bytes = 2 * sum(step.num_bytes for step in steps)
+    with (
+        NewFile(path, _CALLER) as file,
+        _Writer() as writer,
+        contextlib.closing(_values(checkpoint, steps)) as values,
+    ):
+        stream = TensorStream(file, names, most_bytes)
+        for step, value in values:
+            if step.rule is None:
+                tensors = {step.name: np.asarray(value)}
+            else:
+                weight = jnp.asarray(value)
+                del value
+                qt = quantized_weight(weight, step)
+                del weight
+                tensors, own = tensors_of(step.name, qt, kind)
+                assert own is not None
+                settings[step.name.removesuffix(".weight")] = own
+            writer.call(lambda tensors=tensors: _add_all(stream, tensors))
+            del tensors
+            line.add(step.num_bytes)
+        writer.wait()
+        stream.finish({"format": "pt"})
+    return settings
+
+
+def _names_of_tensors(step: Step, kind: Target) -> list[str]:
+    """The names of all tensors that a step may write."""
+    return [step.name] * (1 if step.rule is None else 12)
+
+
+def _add_all(stream: TensorStream, tensors: Mapping[str, np.ndarray]) -> None:
+    for name, tensor in tensors.items():
+        stream.add(name, tensor)
+
+
+def _values(
+    checkpoint: Checkpoint, steps: list[Step]
+) -> Generator[tuple[Step, Any], None, None]:
+    """Each step with its parameter. The next one is read while this one is used."""
+    ready: queue.Queue[Any] = queue.Queue()
+    slots = threading.Semaphore(1)
+    stopped = threading.Event()
+
+    def read() -> None:
+        for step in steps:
+            slots.acquire()
+            if stopped.is_set():
+                return
+            try:
+                ready.put((step, checkpoint[step.name]))
+            except BaseException as error:
+                ready.put(error)
+                return
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            # Without a name here, so that the caller can free the parameter.
+            yield _next(ready, slots)
+    finally:
+        stopped.set()
+        slots.release()
+        thread.join()
+
+
+def _next(ready: queue.Queue[Any], slots: threading.Semaphore) -> tuple[Step, Any]:
+    """The next step with its parameter. Lets the reader read another one."""
+    item = ready.get()
+    if isinstance(item, BaseException):
+        raise item
+    slots.release()
+    return item
+
+
+class _Writer:
+    """A thread that makes one call at a time, while the next tensors are computed."""
+
+    def __init__(self):
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._thread.is_alive():
+            self._calls.put(None)
+            self._thread.join()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Makes a call soon. Raises the error of an earlier call."""
+        if self._error is not None:
+            raise self._error
+        self._calls.put(function)
+
+    def wait(self) -> None:
+        """Waits for all calls, and raises the error of one of them."""
+        self._calls.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            function = self._calls.get()
+            if function is None:
+                return
+            try:
+                if self._error is None:
+                    function()
+            except BaseException as error:
+                self._error = error
+
+
+def _finish(
+    checkpoint: Checkpoint,
+    out: Path,
+    names: list[str],
+    steps: list[Step],
+    settings: Mapping[str, WeightSettings],
+    kind: Target,
+    format: str,
+) -> None:
+    """Writes the index, the files of the tokenizer, and at last the config."""
+    parts = parts_of(checkpoint, _CALLER)
+    floats = [
+        step.name.removesuffix(".weight")
+        for step in steps
+        if step.rule is None
+        and step.name.endswith(".weight")
+        and len(checkpoint.eval_shape(step.name).shape) == 2
+    ]
+    config = dict(parts.config)
+    config["quantization_config"] = combined_config(settings, floats, kind, format)
+    texts: dict[str, str | bytes] = dict(parts.files)
+    # Those of other weights would be read instead of the shards.
+    (out / (INDEX if names == [SINGLE] else SINGLE)).unlink(missing_ok=True)
+    if names != [SINGLE]:
+        sizes = {}
+        for name in names:
+            with TensorFile(out / name, _CALLER) as file:
+                sizes[name] = {
+                    tensor: header.stop - header.start
+                    for tensor, header in file.headers.items()
+                }
+        texts[INDEX] = index_text(sizes)
+    texts[CONFIG] = json_text(config)  # the last one
+    for name, text in texts.items():
+        remove_leftovers(out, name)
+        with NewFile(out / name, _CALLER) as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+
+
+def _outcome(step: Step) -> str:
+    if step.rule is None:
+        return step.reason
+    assert isinstance(step.rule.weight, QuantSpec)
+    return step.rule.weight.fmt.name
+
+
+def _as_json(settings: Mapping[str, WeightSettings]) -> dict[str, Any]:
+    return {
+        module: {"layout": own.layout, "inputs": own.inputs}
+        for module, own in settings.items()
+    }
+
+
+def _from_json(entries: Mapping[str, Any]) -> dict[str, WeightSettings]:
+    return {module: WeightSettings(**own) for module, own in entries.items()}
+
+
+class _ProgressLine:
+    """Bytes of the source, GB/s and the time left, on stderr."""
+
+    def __init__(self, total: int, progress: bool | None):
+        self._is_shown = sys.stderr.isatty() if progress is None else progress
+        self._total, self._done, self._skipped = total, 0, 0
+        self._start = time.monotonic()
+
+    def add(self, num_bytes: int) -> None:
+        """Shows that so many more bytes were quantized."""
+        self._done += num_bytes
+        if not self._is_shown:
+            return
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = (self._done - self._skipped) / seconds
+        left = (self._total - self._done) / max(rate, 1)
+        text = (
+            f"\rquantizing: {self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB, "
+            f"{rate / 1e9:.2f} GB/s, {left:.0f} s left    "
+        )
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def skip(self, num_bytes: int) -> None:
+        """Counts bytes that an earlier run quantized."""
+        self._done += num_bytes
+        self._skipped += num_bytes
+
+    def end(self) -> None:
+        """Ends the line."""
+        if self._is_shown:
+            print(file=sys.stderr, flush=True)
