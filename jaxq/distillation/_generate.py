@@ -33,8 +33,8 @@ def generate(
     shape of `tokens` and `num_tokens`. The loop ends early when every row has stopped.
 
     The model must be causal: logits at a position do not depend on later tokens. An nnx
-    module with the methods `init_cache` and `decode`, such as `jaxq.models.Llama`, uses
-    a KV cache. Any other model reads the whole row again for each token.
+    module with the methods `init_cache` and `decode`, such as `jaxq.models.Decoder`,
+    uses a KV cache. Any other model reads the whole row again for each token.
 
     Args:
       model: maps int32 [b, n] to logits [b, n, vocab_size]. It is an nnx module, a pair

@@ -1,8 +1,8 @@
-"""Llama-family models from Hugging Face directories, and back.
+"""Models from Hugging Face directories, and back.
 
 A directory holds `config.json`, the weights in one or more safetensors files, and the
-tokenizer. Tensors are read one by one. A weight of a projection is [out, in] in the
-file and [in, out] in the model. The weights of a model that jaxq quantized are in a
+tokenizer. Tensors are read one by one. `_tensor_map.py` says where each parameter is.
+The weights of a model that jaxq quantized are in a
 file of `jaxq.save` (`_quantized_weights.py`).
 """
 
@@ -12,9 +12,9 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,8 @@ from jaxq.files import (
 )
 from jaxq.io import is_quantized as has_quantized_weights
 from jaxq.io import model_as_file, read_checkpoint
-from jaxq.models._parts import Source, Sources, read_on_mesh
+from jaxq.models._naming import Naming, naming_of
+from jaxq.models._parts import read_on_mesh, read_whole
 from jaxq.models._quantized import filled_with_quantized, headers_of
 from jaxq.models._quantized_weights import (
     is_quantized,
@@ -46,7 +47,9 @@ from jaxq.models._quantized_weights import (
     read_quantized,
     transforms_are_known,
 )
-from jaxq.models.llama import Llama, LlamaConfig
+from jaxq.models._tensor_map import Parts, shapes_of, tensor_map
+from jaxq.models.decoder import Decoder, DecoderConfig
+from jaxq.models.encoder import Encoder, EncoderConfig
 from jaxq.nn.layers import input_transforms
 from jaxq.processes import Agreement
 from jaxq.sharding import Rules, check_mesh
@@ -59,25 +62,14 @@ _TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
 }
-_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 _ROWS = 1024
-_EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-
-
-class _Destination(NamedTuple):
-    """The place in the model of a tensor of a file.
-
-    Attributes:
-        path: the parameter's path, for example ("layers", 0, "mlp", "up_proj",
-            "kernel").
-        layer: the index on the leading axis if layers are stacked; None otherwise.
-        shape: the shape of the tensor in the file.
-    """
-
-    path: tuple
-    layer: int | None
-    shape: tuple[int, ...]
+_POOLINGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_cls_token": "cls",
+}
+_EMBEDDING_PATH = ("embed_tokens", "embedding")
 
 
 def load(
@@ -88,8 +80,11 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules = None,
     verify: bool = True,
-) -> tuple[Llama, Any]:
-    """Reads a Hugging Face directory of a Llama-family model.
+) -> tuple[Any, Any]:
+    """Reads a Hugging Face directory of a model.
+
+    `jaxq.models.model_types()` lists the families of decoders. A directory with the
+    `model_type` "bert" gives an `Encoder`.
 
     Reads `config.json`, `tokenizer.json` and `model.safetensors`. If there is a
     `model.safetensors.index.json`, it names the weight files instead. Tensors are read
@@ -105,7 +100,7 @@ def load(
             read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
             is exact in float32. None means float32. For weights that jaxq quantized, it
             means the dtype that the model had.
-        scan_layers: stack the layers and run them by one scan, see `LlamaConfig`.
+        scan_layers: stack the layers and run them by one scan, see `DecoderConfig`.
         mesh: puts the parameters on this mesh of devices. Of each tensor, only the
             parts of this process's devices are read, one by one. If the mesh has
             devices of several processes, all of them must make this call. If one of
@@ -118,8 +113,8 @@ def load(
             have none.
 
     Returns:
-        The model and a `tokenizers.Tokenizer`. The tokenizer is None if the directory
-        has no `tokenizer.json`.
+        The model, a `Decoder` or an `Encoder`, and a `tokenizers.Tokenizer`. The
+        tokenizer is None if the directory has no `tokenizer.json`.
 
     Raises:
         FileNotFoundError: the directory has no `config.json`, or a weight file is
@@ -136,10 +131,10 @@ def load(
             installed.
 
     Example:
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-        ...                      num_hidden_layers=1, num_attention_heads=2,
-        ...                      num_key_value_heads=1, head_dim=16)
-        >>> save("my_model", Llama(config, rngs=nnx.Rngs(0)))
+        >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                        num_hidden_layers=1, num_attention_heads=2,
+        ...                        num_key_value_heads=1, head_dim=16)
+        >>> save("my_model", Decoder(config, rngs=nnx.Rngs(0)))
         >>> model, tokenizer = load("my_model", dtype=jnp.bfloat16)
         >>> model(jnp.array([[1, 2, 3]])).shape, tokenizer
         ((1, 3, 64), None)
@@ -172,7 +167,7 @@ def _load(
     mesh: Mesh | None,
     rules: Rules,
     verify: bool,
-) -> tuple[Llama, Any]:
+) -> tuple[Any, Any]:
     """`load` after the checks of its arguments."""
     if has_quantized_weights(path, _LOAD):
         if mesh is not None:
@@ -182,21 +177,21 @@ def _load(
             )
         return _load_quantized(path, stored_dtype, scan_layers, verify)
     config_text = read_text(require_file(path, CONFIG, _LOAD), _LOAD)
-    config = _parse_config(path / CONFIG, config_text, scan_layers)
+    model_type, config = _parse_config(path / CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.
     tokenizer = _load_tokenizer(path / "tokenizer.json")
     with contextlib.ExitStack() as stack:
-        tensors = open_weights(path, stack, _LOAD, verify=verify)
+        files = open_weights(path, stack, _LOAD, verify=verify)
         _check_unchanged(path, config_text)
-        headers = {name: file.headers[name] for name, file in tensors.items()}
-        destinations = _checked_destinations(path, config, headers)
+        headers = {name: file.headers[name] for name, file in files.items()}
+        tensors = _checked_tensors(path, config, model_type, headers)
         model = _abstract_model(config, stored_dtype)
-        if _HEAD in tensors and _HEAD not in destinations:
-            _check_stored_head(path, tensors)
+        if _HEAD in files and _has_tied_head(config):
+            _check_stored_head(path, tensors[_EMBEDDING_PATH][()].name, files)
         if mesh is None:
-            model = _filled_model(model, destinations, tensors)
+            model = _filled_model(model, tensors, files)
         else:
-            model = _model_on_mesh(model, destinations, tensors, mesh, rules)
+            model = _model_on_mesh(model, tensors, files, mesh, rules)
     return model, tokenizer
 
 
@@ -206,12 +201,12 @@ def _load_own(
     dtype: Any,
     scan_layers: bool,
     **where: Any,
-) -> tuple[Llama, Any]:
+) -> tuple[Any, Any]:
     """`load` for a directory whose weights jaxq has quantized."""
     config_text = read_text(require_file(path, CONFIG, _LOAD), _LOAD)
     entries = parse_json(path / CONFIG, config_text)
     entries.pop("quantization_config", None)
-    config = _parse_config(path / CONFIG, entries, scan_layers)
+    _, config = _parse_config(path / CONFIG, entries, scan_layers)
     tokenizer = _load_tokenizer(path / "tokenizer.json")
     weights = require_file(path, SINGLE, _LOAD)
     model = read_quantized(
@@ -231,7 +226,7 @@ def _check_unchanged(path: Path, config_text: str) -> None:
 
 def save(
     path: str | Path,
-    model: Llama,
+    model: Decoder,
     *,
     tokenizer: Any = None,
     dtype: Any = jnp.bfloat16,
@@ -251,13 +246,13 @@ def save(
         path: the directory. It is made if it does not exist. Files of these names in
             it are overwritten. A `model.safetensors.index.json` is removed, because it
             names the weights of an earlier model.
-        model: a `Llama` with float or quantized weights.
+        model: a `Decoder` with float or quantized weights.
         tokenizer: a `tokenizers.Tokenizer`, or None to write no tokenizer.
         dtype: the tensors are rounded to it. A quantized model keeps its dtypes.
         **config: more entries of `config.json`, such as `eos_token_id=0`.
 
     Raises:
-        ValueError: the parameters are not those of a `Llama`; no Hugging Face
+        ValueError: the parameters are not those of a `Decoder`; no Hugging Face
             architecture has the features of its config; or a layer transforms its
             inputs (`rotate` with `online=`), because the files cannot express that. A
             quantized model can have the transform `jaxq.methods.hadamard`;
@@ -266,10 +261,10 @@ def save(
             names it.
 
     Example:
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-        ...                      num_hidden_layers=1, num_attention_heads=2,
-        ...                      num_key_value_heads=1, head_dim=16)
-        >>> save("my_model", Llama(config, rngs=nnx.Rngs(0)), eos_token_id=0)
+        >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                        num_hidden_layers=1, num_attention_heads=2,
+        ...                        num_key_value_heads=1, head_dim=16)
+        >>> save("my_model", Decoder(config, rngs=nnx.Rngs(0)), eos_token_id=0)
         >>> sorted(path.name for path in Path("my_model").iterdir())
         ['config.json', 'model.safetensors']
     """
@@ -287,13 +282,15 @@ def save(
             f"jaxq.models.save: dtype must be one of {', '.join(_SAVED_DTYPES)}, got "
             f"{stored_dtype.name}."
         )
-    entries = model.config.to_hf() | {"dtype": stored_dtype.name} | config
+    entries = model.config.to_hf()
+    naming = naming_of(entries["model_type"])
+    entries |= {"dtype": stored_dtype.name} | config
     metadata = {"format": "pt"}
     if is_quantized(model):
         tensors, metadata = model_as_file(model)
         entries |= quantization_entries(model)
     else:
-        tensors = _file_tensors(model, stored_dtype)
+        tensors = _file_tensors(model, naming, stored_dtype)
     texts = {CONFIG: _json_text(entries)}
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
@@ -306,7 +303,7 @@ def save(
 
 def _load_quantized(
     path: Path, dtype: np.dtype, scan_layers: bool, verify: bool
-) -> tuple[Llama, Any]:
+) -> tuple[Any, Any]:
     """`load` for a directory whose weights another library has quantized."""
     with read_checkpoint(path, verify=verify, caller=_LOAD) as checkpoint:
         tokenizer = None
@@ -315,137 +312,89 @@ def _load_quantized(
         entries = dict(checkpoint.config)
         entries.pop("quantization_config", None)
         file = path / CONFIG if path.is_dir() else path
-        config = _parse_config(file, entries, scan_layers)
+        model_type, config = _parse_config(file, entries, scan_layers)
         headers = headers_of(checkpoint)
-        destinations = _checked_destinations(path, config, headers)
+        tensors = _checked_tensors(path, config, model_type, headers)
         model = _abstract_model(config, dtype)
-        return filled_with_quantized(model, destinations, checkpoint, dtype), tokenizer
+        return filled_with_quantized(model, tensors, checkpoint, dtype), tokenizer
     raise AssertionError  # the block returns or raises
 
 
 # The model's side.
 
 
-def _abstract_model(config: LlamaConfig, dtype: np.dtype) -> Llama:
+def _abstract_model(config: DecoderConfig | EncoderConfig, dtype: np.dtype) -> Any:
     """A model of shapes."""
+    make_model: Any = Encoder if isinstance(config, EncoderConfig) else Decoder
     return nnx.eval_shape(
-        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+        lambda: make_model(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     )
 
 
 def _filled_model(
-    model: Llama,
-    destinations: Mapping[str, _Destination],
-    tensors: Mapping[str, TensorFile],
-) -> Llama:
+    model: Any, tensors: Mapping[tuple, Parts], files: Mapping[str, TensorFile]
+) -> Any:
     """A model of shapes with the tensors of open files, read one by one."""
     graphdef, params = nnx.split(model)
     flat = dict(nnx.to_flat_state(params))
-    stacks: dict[tuple, np.ndarray] = {}
-    for name, file in tensors.items():
-        if name not in destinations:
-            continue
-        param_path, layer, _ = destinations[name]
-        dtype = flat[param_path].dtype
-        tensor = file.read(name)
-        if param_path[-1] == "kernel":
-            tensor = tensor.T  # [in, out]
-        if layer is None:
-            flat[param_path] = flat[param_path].replace(jnp.asarray(tensor, dtype))
-            continue
-        if param_path not in stacks:
-            stacks[param_path] = np.empty(flat[param_path].shape, dtype)
-        stacks[param_path][layer] = tensor.astype(dtype)
-    for param_path in list(stacks):
-        # pop frees each stack on the host once it is copied.
-        stack = stacks.pop(param_path)
-        flat[param_path] = flat[param_path].replace(jnp.asarray(stack))
+    for path, parts in tensors.items():
+        value = read_whole(parts, files, flat[path].dtype)
+        flat[path] = flat[path].replace(jnp.asarray(value))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def _model_on_mesh(
-    model: Llama,
-    destinations: Mapping[str, _Destination],
-    tensors: Mapping[str, TensorFile],
+    model: Any,
+    tensors: Mapping[tuple, Parts],
+    files: Mapping[str, TensorFile],
     mesh: Mesh,
     rules: Rules,
-) -> Llama:
+) -> Any:
     """A model of shapes with the tensors of open files, on a mesh of devices."""
     graphdef, params = nnx.split(model)
-    sources: dict[tuple, Sources] = {}
-    for name, (param_path, layer, _) in destinations.items():
-        source = Source(tensors[name], name, param_path[-1] == "kernel")
-        sources.setdefault(param_path, {})[layer] = source
     flat = dict(nnx.to_flat_state(params))
-    for param_path, value in read_on_mesh(params, sources, mesh, rules).items():
-        flat[param_path] = flat[param_path].replace(value)
+    for path, value in read_on_mesh(params, tensors, files, mesh, rules).items():
+        flat[path] = flat[path].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def destinations_of(config: LlamaConfig) -> dict[str, _Destination]:
-    """Where each tensor of a file goes in the model, by the tensor's name.
-
-    `model.layers.0.self_attn.q_proj.weight [out, in]` of the file is
-    `layers.0.self_attn.q_proj.kernel [in, out]` of the model.
-    """
-    # All layers have the shapes of one. To build one takes the same time for any depth.
-    one_layer = dataclasses.replace(config, num_hidden_layers=1, scan_layers=False)
-    model = nnx.eval_shape(lambda: Llama(one_layer, rngs=nnx.Rngs(0)))
-    destinations = {}
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        last = "bias" if path[-1] == "bias" else "weight"
-        name = ".".join(map(str, (*path[:-1], last)))
-        shape = param.shape[::-1] if path[-1] == "kernel" else param.shape
-        if path[0] != "layers":
-            full_name = name if path[0] == "lm_head" else f"model.{name}"
-            destinations[full_name] = _Destination(path, None, shape)
-            continue
-        for layer in range(config.num_hidden_layers):
-            layer_name = name.replace("layers.0.", f"model.layers.{layer}.", 1)
-            if config.scan_layers:
-                stacked_path = ("layers", *path[2:])
-                destinations[layer_name] = _Destination(stacked_path, layer, shape)
-            else:
-                layer_path = ("layers", layer, *path[2:])
-                destinations[layer_name] = _Destination(layer_path, None, shape)
-    return destinations
-
-
-def _file_tensors(model: Llama, dtype: np.dtype) -> dict[str, np.ndarray]:
+def _file_tensors(
+    model: Decoder, naming: Naming, dtype: np.dtype
+) -> dict[str, np.ndarray]:
     """The parameters of a model as the tensors of a file.
 
     Raises:
-        ValueError: the parameters are not those of a float Llama with this config.
+        ValueError: the parameters are not those of a float Decoder with this config.
     """
-    destinations = destinations_of(model.config)
+    expected = tensor_map(model.config, naming)
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    expected = {destination.path for destination in destinations.values()}
-    different = sorted(".".join(map(str, path)) for path in flat.keys() ^ expected)
+    different = sorted(".".join(map(str, path)) for path in flat.keys() ^ set(expected))
     if different:
         raise ValueError(
-            "jaxq.models.save: the parameters differ from those of a float Llama in "
+            "jaxq.models.save: the parameters differ from those of a float Decoder in "
             f"{', '.join(different)}. Use jaxq.save for a model with other parameters."
         )
-    tensors = {}
-    for name, (path, layer, shape) in destinations.items():
-        param = flat[path]
-        value = np.asarray(param[...] if layer is None else param[layer])
-        if path[-1] == "kernel":
-            value = value.T  # [out, in]
-        if value.shape != shape:
-            raise ValueError(
-                f"jaxq.models.save: {'.'.join(map(str, path))} has the shape "
-                f"{list(value.shape)} as tensor {name}; the config needs {list(shape)}."
-            )
-        tensors[name] = np.ascontiguousarray(value.astype(dtype))
+    tensors: dict[str, np.ndarray] = {}
+    for path, parts in expected.items():
+        for index, part in parts.items():
+            value = np.asarray(flat[path][index] if index else flat[path][...])
+            if value.shape != part.value_shape:
+                raise ValueError(
+                    f"jaxq.models.save: {'.'.join(map(str, path))} has the shape "
+                    f"{list(value.shape)} as tensor {part.name}; the config needs "
+                    f"{list(part.value_shape)}."
+                )
+            part.write(tensors, value, dtype)
     return tensors
 
 
 # The files' side.
 
 
-def _parse_config(file: Path, entries: Any, scan_layers: bool) -> LlamaConfig:
-    """The config of a directory, with errors that name the file.
+def _parse_config(
+    file: Path, entries: Any, scan_layers: bool
+) -> tuple[str, DecoderConfig | EncoderConfig]:
+    """The family and the config of a directory, with errors that name the file.
 
     Args:
         file: `config.json`.
@@ -455,9 +404,56 @@ def _parse_config(file: Path, entries: Any, scan_layers: bool) -> LlamaConfig:
     try:
         if isinstance(entries, str):
             entries = parse_json(file, entries)
-        return LlamaConfig.from_hf(entries, scan_layers=scan_layers)
+        if isinstance(entries, dict) and entries.get("model_type") == "bert":
+            return "bert", _encoder_config(file.parent, entries, scan_layers)
+        config = DecoderConfig.from_hf(entries, scan_layers=scan_layers)
+        return entries["model_type"], config
     except ValueError as error:
         raise ValueError(f"jaxq.models.load: {file}: {error}") from error
+
+
+def _encoder_config(
+    path: Path, entries: Mapping[str, Any], scan_layers: bool
+) -> EncoderConfig:
+    """The config of an encoder, with the pooling of a sentence-transformers directory.
+
+    `modules.json` names the steps from tokens to the vector of a text.
+    """
+    if scan_layers:
+        raise ValueError("scan_layers=True is for decoders. Leave it out.")
+    modules = _read_optional_json(path / "modules.json") or []
+    options: dict[str, Any] = {}
+    for module in modules:
+        kind = str(module.get("type")).rpartition(".")[2]
+        if kind == "Normalize":
+            options["normalizes"] = True
+        elif kind == "Pooling":
+            file = path / str(module.get("path")) / CONFIG
+            options["pooling"] = _pooling(file)
+        elif kind != "Transformer":
+            raise ValueError(
+                f"modules.json has the step {module.get('type')!r}; expected "
+                "Transformer, Pooling and Normalize"
+            )
+    return EncoderConfig.from_hf(entries, **options)
+
+
+def _pooling(file: Path) -> str:
+    """The pooling that a file of sentence-transformers describes."""
+    entries = _read_optional_json(file) or {}
+    modes = [key for key, value in entries.items() if value is True]
+    modes = [key for key in modes if key.startswith("pooling_mode_")]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise ValueError(
+            f"{file} has {', '.join(modes) or 'no pooling mode'}; expected one of "
+            f"{', '.join(_POOLINGS)}"
+        )
+    return _POOLINGS[modes[0]]
+
+
+def _read_optional_json(path: Path) -> Any:
+    """The content of a JSON file, or None if there is no file."""
+    return parse_json(path, read_text(path, _LOAD)) if is_file(path, _LOAD) else None
 
 
 def _load_tokenizer(path: Path) -> Any:
@@ -484,10 +480,25 @@ def _parse_tokenizer(path: Path, text: str) -> Any:
         ) from error
 
 
-def _checked_destinations(
-    path: Path, config: LlamaConfig, headers: Mapping[str, TensorHeader]
-) -> dict[str, _Destination]:
-    """Where each tensor goes, after a comparison of the files with the config.
+def _naming_in(names: Iterable[str], naming: Naming) -> Naming:
+    """The naming of the files, some of which leave out the prefix."""
+    has_prefix = any(name.startswith(naming.prefix) for name in names)
+    if naming.is_prefix_optional and not has_prefix:
+        return dataclasses.replace(naming, prefix="")
+    return naming
+
+
+def _has_tied_head(config: DecoderConfig | EncoderConfig) -> bool:
+    return isinstance(config, DecoderConfig) and config.tie_word_embeddings
+
+
+def _checked_tensors(
+    path: Path,
+    config: DecoderConfig | EncoderConfig,
+    model_type: str,
+    headers: Mapping[str, TensorHeader],
+) -> dict[tuple, Parts]:
+    """Where each parameter is, after a comparison of the files with the config.
 
     This reads headers only. A config of many layers beside a small file is refused
     before anything is built.
@@ -495,7 +506,9 @@ def _checked_destinations(
     Raises:
         ValueError: the tensors are not those of the config.
     """
-    matches = [_LAYER_NAME.match(name) for name in headers]
+    naming = _naming_in(headers, naming_of(model_type))
+    layer_name = re.compile(re.escape(f"{naming.prefix}{naming.layers}.") + r"(\d+)\.")
+    matches = [layer_name.match(name) for name in headers]
     num_layers = len({match.group(1) for match in matches if match})
     if config.num_hidden_layers > num_layers:
         raise ValueError(
@@ -503,36 +516,44 @@ def _checked_destinations(
             f"{config.num_hidden_layers}, and the files have the tensors of "
             f"{num_layers} layers. Use the config.json that belongs to the weights."
         )
-    destinations = destinations_of(config)
-    problems = _mismatches(destinations, headers, config)
+    tensors = tensor_map(config, naming)
+    redundant = naming.redundant
+    if _has_tied_head(config):  # such files may store the head as well
+        redundant = (*redundant, _HEAD)
+    problems = _mismatches(shapes_of(tensors), headers, redundant)
     if problems:
         raise ValueError(
             f"jaxq.models.load: {path} does not fit its config.json: "
             f"{'; '.join(problems)}. Use the config.json that belongs to the weights."
         )
-    return destinations
+    return tensors
 
 
 def _mismatches(
-    destinations: Mapping[str, _Destination],
+    shapes: Mapping[str, tuple[int, ...]],
     headers: Mapping[str, TensorHeader],
-    config: LlamaConfig,
+    redundant: tuple[str, ...],
 ) -> list[str]:
-    """One line for each kind of difference between the files and the config."""
-    missing = sorted(set(destinations) - set(headers))
+    """One line for each kind of difference between the files and the config.
+
+    Args:
+        shapes: of the tensors that the model needs.
+        headers: of the tensors in the files.
+        redundant: endings of the names of tensors that may be in the files as well.
+    """
+    missing = sorted(set(shapes) - set(headers))
     unexpected = [
         name
-        for name in sorted(set(headers) - set(destinations))
-        if not _is_redundant(name, config)
+        for name in sorted(set(headers) - set(shapes))
+        if not name.endswith(redundant)
     ]
     wrong_shapes, wrong_dtypes = [], []
-    for name, destination in sorted(destinations.items()):
+    for name, expected in sorted(shapes.items()):
         if name not in headers:
             continue
         shape, dtype = headers[name].shape, headers[name].dtype
-        if shape != destination.shape:
-            expected = list(destination.shape)
-            wrong_shapes.append(f"{name} is {list(shape)}, expected {expected}")
+        if shape != expected:
+            wrong_shapes.append(f"{name} is {list(shape)}, expected {list(expected)}")
         if dtype not in _FLOAT_DTYPES:
             wrong_dtypes.append(f"{name} holds {dtype}")
     tensors_of = {
@@ -544,36 +565,27 @@ def _mismatches(
     return [f"{kind}: {listed(lines)}" for kind, lines in tensors_of.items() if lines]
 
 
-def _is_redundant(name: str, config: LlamaConfig) -> bool:
-    """Whether a tensor that the model does not have may be in a file.
-
-    Old checkpoints store their rotary tables. Checkpoints with tied embeddings may
-    store the head as well.
-    """
-    is_rotary_table = name.endswith(".rotary_emb.inv_freq")
-    is_tied_head = config.tie_word_embeddings and name == _HEAD
-    return is_rotary_table or is_tied_head
-
-
-def _check_stored_head(path: Path, tensors: Mapping[str, TensorFile]) -> None:
+def _check_stored_head(
+    path: Path, embedding_name: str, files: Mapping[str, TensorFile]
+) -> None:
     """Raises a ValueError if a stored head differs from the embedding it is tied to.
 
     Without this check `load` would drop the head silently.
     """
-    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
-    shape = embedding.headers[_EMBEDDING].shape
+    head, embedding = files[_HEAD], files[embedding_name]
+    shape = embedding.headers[embedding_name].shape
     is_equal = head.headers[_HEAD].shape == shape
     # Both tensors are large, so a few rows are compared at a time.
     for start in range(0, shape[0] if is_equal else 0, _ROWS):
         stop = min(start + _ROWS, shape[0])
         is_equal &= np.array_equal(
             head.read_rows(_HEAD, start, stop),
-            embedding.read_rows(_EMBEDDING, start, stop),
+            embedding.read_rows(embedding_name, start, stop),
         )
     if not is_equal:
         raise ValueError(
             f"jaxq.models.load: the config of {path} has tie_word_embeddings=true, but "
-            f"the files hold a {_HEAD} that differs from {_EMBEDDING}. Set "
+            f"the files hold a {_HEAD} that differs from {embedding_name}. Set "
             "tie_word_embeddings to false in config.json to use this head."
         )
 

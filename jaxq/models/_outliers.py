@@ -15,19 +15,19 @@ from jaxq.models._scale_groups import (
     norm_groups,
     outputs_shape,
 )
-from jaxq.models.llama import Llama
+from jaxq.models.decoder import Decoder
 
 _KINDS = ("norm", "linear")
 
 
 def with_outliers(
-    model: Llama,
+    model: Decoder,
     *,
     channels: int | Sequence[int] = 4,
     strength: float = 64.0,
     key: jax.Array | None = None,
     kinds: Sequence[str] = ("norm",),
-) -> Llama:
+) -> Decoder:
     """Copies a model and gives the copy outlier channels. The logits stay the same.
 
     Large models develop such channels in training. In the same few channels of every
@@ -37,7 +37,7 @@ def with_outliers(
     AWQ, LLM.int8() and rotations are made for such models.
 
     Args:
-      model: a float `Llama`. It is not changed.
+      model: a float `Decoder`. It is not changed.
       channels: how many channels, drawn with `key`; or the indices of the channels,
         below the hidden size.
       strength: the factor, positive and finite. A power of two keeps the logits equal
@@ -55,11 +55,11 @@ def with_outliers(
 
     Example:
       >>> from flax import nnx
-      >>> from jaxq.models import Llama, LlamaConfig
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=1, num_attention_heads=2,
-      ...                      num_key_value_heads=1, head_dim=16)
-      >>> model = with_outliers(Llama(config, rngs=nnx.Rngs(0)), channels=[3])
+      >>> from jaxq.models import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                        num_hidden_layers=1, num_attention_heads=2,
+      ...                        num_key_value_heads=1, head_dim=16)
+      >>> model = with_outliers(Decoder(config, rngs=nnx.Rngs(0)), channels=[3])
       >>> float(model.layers[0].input_layernorm.scale[3])
       64.0
 

@@ -1,10 +1,9 @@
-"""The parameters of a model on a mesh, read from files shard by shard."""
+"""The parameters of a model, read from files whole or shard by shard."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,40 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxq.files import TensorFile
+from jaxq.models._tensor_map import Parts
 from jaxq.serialization import Index, read_shards
 from jaxq.sharding import Rules, shardings_of
 
 
-class Source(NamedTuple):
-    """A tensor of a file that holds a parameter, or one layer of it.
-
-    Attributes:
-      file: the open file.
-      name: of the tensor.
-      is_transposed: the file has [out, in], and the model has [in, out].
-    """
-
-    file: TensorFile
-    name: str
-    is_transposed: bool
-
-    def read(self, indices: Sequence[Index]) -> Iterator[tuple[int, np.ndarray]]:
-        """The place in `indices` and the numbers of each part of the parameter."""
-        if not self.is_transposed:
-            yield from self.file.read_parts(self.name, indices)
-            return
-        stored = [index[::-1] for index in indices]
-        for place, part in self.file.read_parts(self.name, stored):
-            yield place, part.T
-
-
-# The tensor of each layer of a parameter. The key is None if layers are not stacked.
-Sources = dict[int | None, Source]
-
-
 def read_on_mesh(
     shapes: nnx.State,
-    sources: Mapping[tuple, Sources],
+    tensors: Mapping[tuple, Parts],
+    files: Mapping[str, TensorFile],
     mesh: Mesh,
     rules: Rules,
 ) -> dict[tuple, jax.Array]:
@@ -53,7 +27,8 @@ def read_on_mesh(
 
     Args:
       shapes: the state of the model, with shapes.
-      sources: where each parameter is, by path.
+      tensors: where each parameter is, by path.
+      files: the open file of each tensor.
       mesh: of devices.
       rules: as in `jaxq.sharding.place`.
     """
@@ -61,32 +36,66 @@ def read_on_mesh(
     shardings = dict(nnx.to_flat_state(state))
     flat = dict(nnx.to_flat_state(shapes))
     values = {}
-    for path, layers in sources.items():
+    for path, parts in tensors.items():
         shape, dtype = flat[path].shape, flat[path].dtype
-        read = functools.partial(_read, layers, dtype)
+        read = functools.partial(_read, parts, files, dtype)
         at = shardings[path].get_value()
         values[path] = read_shards(shape, dtype, at, read)
     return values
 
 
+def read_whole(
+    parts: Parts, files: Mapping[str, TensorFile], dtype: np.dtype
+) -> np.ndarray:
+    """A parameter, whose layers and experts are stacked or not."""
+    if () in parts:
+        return parts[()].read(files).astype(dtype)
+    # The largest index on each leading axis, of layers or of experts.
+    sizes = [number + 1 for number in max(parts)]
+    stack = None
+    for number, part in parts.items():
+        value = part.read(files)
+        if stack is None:
+            stack = np.empty((*sizes, *value.shape), dtype)
+        stack[number] = value.astype(dtype)
+    assert stack is not None
+    return stack
+
+
 def _read(
-    layers: Sources, dtype: np.dtype, indices: Sequence[Index]
+    parts: Parts,
+    files: Mapping[str, TensorFile],
+    dtype: np.dtype,
+    indices: Sequence[Index],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Shards of a parameter, of layers that are stacked or not."""
-    if None in layers:
-        for place, shard in layers[None].read(indices):
+    """Shards of a parameter, whose layers and experts are stacked or not."""
+    if () in parts:
+        for place, shard in parts[()].read_parts(files, indices):
             yield place, shard.astype(dtype)
         return
-    numbers = [range(len(layers))[index[0]] for index in indices]
+    sizes = [number + 1 for number in max(parts)]
+    # The numbers of the layers and experts of each shard, by axis.
+    numbers = [
+        [range(size)[axis] for size, axis in zip(sizes, index, strict=False)]
+        for index in indices
+    ]
+    missing = [np.prod([len(axis) for axis in axes]) for axes in numbers]
     shards: dict[int, np.ndarray] = {}
-    for number in range(len(layers)):
-        places = [i for i, inside in enumerate(numbers) if number in inside]
-        parts = layers[number].read([indices[place][1:] for place in places])
-        for i, part in parts:
+    for number, part in parts.items():
+        places = [
+            place
+            for place, axes in enumerate(numbers)
+            if all(i in axis for i, axis in zip(number, axes, strict=True))
+        ]
+        within = [indices[place][len(sizes) :] for place in places]
+        for i, value in part.read_parts(files, within):
             place = places[i]
-            first = numbers[place].start
+            axes = numbers[place]
             if place not in shards:
-                shards[place] = np.empty((len(numbers[place]), *part.shape), dtype)
-            shards[place][number - first] = part.astype(dtype)
-            if number == numbers[place][-1]:
+                lead = [len(axis) for axis in axes]
+                shards[place] = np.empty((*lead, *value.shape), dtype)
+            own = tuple(axis.index(n) for n, axis in zip(number, axes, strict=True))
+            shards[place][own] = value.astype(dtype)
+            missing[place] -= 1
+            if not missing[place]:
                 yield place, shards.pop(place)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxq.files import TensorHeader
 from jaxq.io import Checkpoint, fill_model
+from jaxq.models._tensor_map import Parts, TensorPart
 from jaxq.qtensor import QTensor
 
 
@@ -35,7 +36,7 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
 
 def filled_with_quantized(
     model: Any,
-    destinations: Mapping[str, Any],
+    tensors: Mapping[tuple, Parts],
     checkpoint: Checkpoint,
     dtype: np.dtype,
 ) -> Any:
@@ -45,34 +46,52 @@ def filled_with_quantized(
 
     Args:
         model: the result of `nnx.eval_shape`.
-        destinations: the path and the layer of each parameter by its name.
+        tensors: where each parameter is, by path.
         checkpoint: open.
         dtype: of the float parameters, and of the products with quantized weights.
 
     Raises:
-        ValueError: a parameter cannot be read; or stacked layers are quantized in
-            different ways.
+        ValueError: a parameter cannot be read or is a part of a quantized tensor; or
+            stacked layers or experts are quantized in different ways.
     """
     values: dict[str, Any] = {}
-    layers: dict[str, list[Any]] = {}
-    for name, (path, layer, _) in destinations.items():
-        value = _parameter(checkpoint[name], path[-1] == "kernel", dtype)
+    for path, parts in tensors.items():
         key = "/".join(map(str, path))
-        if layer is None:
-            values[key] = value
-        else:
-            layers.setdefault(key, []).append(value)
-    for key in list(layers):
-        values[key] = _stacked(layers.pop(key), key, checkpoint.path)
+        found = {
+            number: _parameter(checkpoint, part, dtype)
+            for number, part in parts.items()
+        }
+        values[key] = _joined(found, key, checkpoint.path)
     return fill_model(model, values, checkpoint.path)
 
 
-def _parameter(value: Any, is_kernel: bool, dtype: np.dtype) -> Any:
-    """A parameter with the axes of the model."""
-    if isinstance(value, QTensor):
-        value = value.astype(dtype)
-        return value.T if is_kernel else value  # [in, out]
-    return jnp.asarray(value.T if is_kernel else value, dtype)
+def _parameter(checkpoint: Checkpoint, part: TensorPart, dtype: np.dtype) -> Any:
+    """A parameter, or one slice of it, with the axes of the model."""
+    value = checkpoint[part.name]
+    if not isinstance(value, QTensor):
+        everything = tuple(slice(None) for _ in part.shape)
+        value = np.asarray(value)[part.file_index(everything)]
+        if part.offset:  # such gains are float32 in the model
+            return jnp.asarray(part.of_model(value))
+        return jnp.asarray(part.of_model(value), dtype)
+    if not part.is_whole:
+        raise ValueError(
+            f"jaxq.models.load: {checkpoint.path}: {part.name} is quantized, and it "
+            "holds several projections. Splitting it is not supported. Use a "
+            "checkpoint in floats."
+        )
+    value = value.astype(dtype)
+    return value.T if part.is_transposed else value  # [in, out]
+
+
+def _joined(found: dict[tuple[int, ...], Any], name: str, path: Path) -> Any:
+    """The slices of a parameter, stacked along its axes of layers and experts."""
+    while () not in found:
+        rows: dict[tuple[int, ...], list[Any]] = {}
+        for number in sorted(found):
+            rows.setdefault(number[:-1], []).append(found[number])
+        found = {number: _stacked(row, name, path) for number, row in rows.items()}
+    return found[()]
 
 
 def _stacked(layers: list[Any], name: str, path: Path) -> Any:

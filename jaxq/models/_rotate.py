@@ -19,8 +19,8 @@ References:
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jax import lax
 
 from jaxq.models._parameters import Parameters
 from jaxq.models._scale_groups import all_groups
-from jaxq.models.llama import Llama
+from jaxq.models.decoder import Decoder, DecoderConfig
 from jaxq.nn.layers import TransformInput
 from jaxq.qtensor import is_traced
 
@@ -38,12 +38,12 @@ _TOLERANCE = 1e-4
 
 
 def rotate(
-    model: Llama,
+    model: Decoder,
     rotation: jax.typing.ArrayLike,
     *,
     heads: jax.typing.ArrayLike | None = None,
     online: Callable[[jax.Array], jax.Array] | None = None,
-) -> Llama:
+) -> Decoder:
     """A copy of a model in rotated coordinates. Its logits are equal up to rounding.
 
     With the rotation Q and the gain g of a norm, the embedding E becomes `E Q`. A
@@ -53,7 +53,7 @@ def rotate(
     the embedding.
 
     Args:
-      model: a float `Llama`. It is not changed.
+      model: a float `Decoder`. It is not changed.
       rotation: float `[d, d]`, orthogonal, with d = hidden_size. For example
         `jaxq.methods.hadamard(jnp.diag(signs))` with
         `signs = jaxq.methods.random_hadamard(key, d)`.
@@ -70,20 +70,22 @@ def rotate(
       The new model, with `tie_word_embeddings=False`.
 
     Raises:
-      ValueError: a matrix or `online` has another size or is not orthogonal; or the
-        weights of the model are not floats.
+      ValueError: a matrix or `online` has another size or is not orthogonal; the
+        weights of the model are not floats; or the model has LayerNorms, norms after
+        attention and the MLP, experts, or learned positions.
 
     Example:
-      >>> from jaxq.models import Llama, LlamaConfig
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=1, num_attention_heads=2,
-      ...                      num_key_value_heads=1, head_dim=16)
-      >>> model, tokens = Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]])
+      >>> from jaxq.models import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                        num_hidden_layers=1, num_attention_heads=2,
+      ...                        num_key_value_heads=1, head_dim=16)
+      >>> model, tokens = Decoder(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]])
       >>> q, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (32, 32)))
       >>> bool(jnp.allclose(rotate(model, q)(tokens), model(tokens), atol=1e-5))
       True
     """
     config = model.config
+    _check_rotatable(config)
     q = _as_orthogonal(rotation, config.hidden_size, "rotation")
     per_head = inner = None
     if heads is not None:
@@ -105,16 +107,16 @@ def rotate(
 
 
 def rotate_by(
-    model: Llama,
+    model: Decoder,
     orthogonal: Callable[[int], jax.Array],
     online: Callable[[jax.Array], jax.Array],
-) -> Llama:
+) -> Decoder:
     """A rotated copy, for `Recipe(rotate=True)`: see `jaxq.nn.register_rotation`.
 
     The stream, the values of the heads and the inputs of down_proj are rotated.
 
     Args:
-      model: a float `Llama`.
+      model: a float `Decoder`.
       orthogonal: returns an orthogonal matrix `[n, n]` for a size n.
       online: orthogonal linear map of the last axis of an array.
     """
@@ -123,7 +125,7 @@ def rotate_by(
     return rotate(model, stream, heads=heads, online=online)
 
 
-def _rotate_readers(model: Llama, params: Parameters, q: jax.Array) -> None:
+def _rotate_readers(model: Decoder, params: Parameters, q: jax.Array) -> None:
     """Rotates the linears that read a norm: `W -> Q^T diag(g) W`, and g -> 1."""
     for group in all_groups(model):
         if group.kind != "norm":
@@ -136,7 +138,7 @@ def _rotate_readers(model: Llama, params: Parameters, q: jax.Array) -> None:
 
 
 def _rotate_writers(
-    model: Llama,
+    model: Decoder,
     params: Parameters,
     q: jax.Array,
     per_head: jax.Array | None,
@@ -164,15 +166,37 @@ def _rotate_writers(
             params[target, "bias"] = _dot(params[target, "bias"], q)
 
 
-def _untied(model: Llama) -> Llama:
+def _check_rotatable(config: DecoderConfig) -> None:
+    """Raises a ValueError unless the whole stream can be rotated."""
+    if config.norm != "rms":
+        reason = "a LayerNorm subtracts the mean, which does not commute with rotations"
+        problem = f"norm={config.norm!r}"
+    elif config.norm_places != "before":
+        reason = "the gain of a norm that adds to the stream cannot be folded"
+        problem = f"norm_places={config.norm_places!r}"
+    elif config.experts is not None:
+        reason = "the experts are not rotated"
+        problem = "experts"
+    elif config.learned_positions:
+        reason = "the learned positions are not rotated"
+        problem = "learned_positions=True"
+    else:
+        return
+    raise ValueError(
+        f"rotate: the config has {problem}, and {reason}. Use a method or recipe "
+        "without rotation."
+    )
+
+
+def _untied(model: Decoder) -> Decoder:
     """The model, or a copy whose head has a separate kernel."""
     if not model.config.tie_word_embeddings:
         return model
     config = dataclasses.replace(model.config, tie_word_embeddings=False)
     tied = dict(nnx.to_flat_state(nnx.state(model)))
     table = tied[("embed_tokens", "embedding")]
-    make = functools.partial(Llama, config, dtype=model.dtype, param_dtype=table.dtype)
-    abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    types: dict[str, Any] = {"dtype": model.dtype, "param_dtype": table.dtype}
+    abstract = nnx.eval_shape(lambda: Decoder(config, **types, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     untied = {}
     for path, variable in nnx.to_flat_state(state):

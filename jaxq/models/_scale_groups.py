@@ -1,4 +1,4 @@
-"""Where a scale can move between the layers of a Llama, and models with moved scales.
+"""Where a scale can move between the layers of a Decoder, and models with moved scales.
 
 In `norm -> linears` the gain of the norm can be divided by s if the rows of the linears
 are multiplied by s. In `v_proj -> o_proj` and `up_proj -> down_proj` the columns of the
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.models._parameters import Parameters
-from jaxq.models.llama import Llama
+from jaxq.models.decoder import Decoder
 from jaxq.nn.layers import input_transforms
 from jaxq.qtensor import is_traced
 
@@ -45,13 +45,16 @@ class NormGroup(NamedTuple):
     kind: Literal["norm", "linear"]
 
 
-def norm_groups(model: Llama) -> list[NormGroup]:
+def norm_groups(model: Decoder) -> list[NormGroup]:
     """Every place in a model where a scale can move, in the order of computation.
 
-    Each layer has four groups. The first norm is the source for q_proj, k_proj and
+    A layer has up to four groups. The first norm is the source for q_proj, k_proj and
     v_proj. v_proj is the source for o_proj. The second norm is the source for gate_proj
     and up_proj. up_proj is the source for down_proj. The last group of a model is the
-    last norm with the head, unless the head is tied to the embedding.
+    last norm with the head, unless the head is tied to the embedding. A model without
+    norms in front of its linears (OLMo 2) lacks the groups of norms. A model without a
+    gate (GPT-2) lacks the group of up_proj. A layer with experts lacks the last two
+    groups.
 
     Stacked layers (`scan_layers`) are one layer, "layers", and their scales have a
     leading axis. With fewer key heads than query heads, several query heads share a key
@@ -61,18 +64,18 @@ def norm_groups(model: Llama) -> list[NormGroup]:
     channels.
 
     Args:
-      model: a `Llama`.
+      model: a `Decoder`.
 
     Returns:
       The groups. The scale of a group has one number per output of its source.
 
     Example:
       >>> from flax import nnx
-      >>> from jaxq.models import Llama, LlamaConfig
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=1, num_attention_heads=2,
-      ...                      num_key_value_heads=1, head_dim=16)
-      >>> group = norm_groups(Llama(config, rngs=nnx.Rngs(0)))[1]
+      >>> from jaxq.models import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                        num_hidden_layers=1, num_attention_heads=2,
+      ...                        num_key_value_heads=1, head_dim=16)
+      >>> group = norm_groups(Decoder(config, rngs=nnx.Rngs(0)))[1]
       >>> group.source, group.targets
       ('layers/0/self_attn/v_proj', ('layers/0/self_attn/o_proj',))
     """
@@ -82,38 +85,47 @@ def norm_groups(model: Llama) -> list[NormGroup]:
     ]
 
 
-def all_groups(model: Llama) -> list[NormGroup]:
-    """All groups of a model, including those in which no scale can move."""
+def all_groups(model: Decoder) -> list[NormGroup]:
+    """All groups of a model, including those in which an online transform stands."""
     config = model.config
     if config.scan_layers:
         layers = ["layers"]
     else:
         layers = [f"layers/{number}" for number in range(config.num_hidden_layers)]
+    # A stack has layers of one kind.
+    expert_layers = config.expert_layers()
     groups = []
-    for layer in layers:
+    for layer, has_experts in zip(layers, expert_layers, strict=False):
         attention, mlp = f"{layer}/self_attn", f"{layer}/mlp"
         inputs = tuple(f"{attention}/{name}" for name in ("q_proj", "k_proj", "v_proj"))
-        gated = (f"{mlp}/gate_proj", f"{mlp}/up_proj")
+        names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
+        gated = tuple(f"{mlp}/{name}" for name in names)
         output, down = (f"{attention}/o_proj",), (f"{mlp}/down_proj",)
-        groups += [
-            NormGroup(f"{layer}/input_layernorm", inputs, "norm"),
-            NormGroup(f"{attention}/v_proj", output, "linear"),
-            NormGroup(f"{layer}/post_attention_layernorm", gated, "norm"),
-            NormGroup(f"{mlp}/up_proj", down, "linear"),
-        ]
+        has_norms = config.norm_places != "after"
+        if has_norms:
+            groups.append(NormGroup(f"{layer}/input_layernorm", inputs, "norm"))
+        groups.append(NormGroup(f"{attention}/v_proj", output, "linear"))
+        if has_experts:
+            continue  # no scale moves into or between experts
+        if has_norms:
+            norm = f"{layer}/post_attention_layernorm"
+            groups.append(NormGroup(norm, gated, "norm"))
+        # Without a gate, the outputs of up_proj pass through the activation.
+        if config.gated_mlp:
+            groups.append(NormGroup(f"{mlp}/up_proj", down, "linear"))
     if not config.tie_word_embeddings:
         groups.append(NormGroup("norm", ("lm_head",), "norm"))
     return groups
 
 
-def fold_scales(model: Llama, scales: Mapping[str, jax.typing.ArrayLike]) -> Llama:
+def fold_scales(model: Decoder, scales: Mapping[str, jax.typing.ArrayLike]) -> Decoder:
     """Divides the outputs of sources by scales, and multiplies the rows of targets.
 
     The outputs of the model stay the same up to rounding. They stay the same to the bit
     if all scales are powers of two and no number leaves the range of its dtype.
 
     Args:
-      model: a float `Llama`. It is not changed.
+      model: a float `Decoder`. It is not changed.
       scales: a dict from the source of each group (`norm_groups`) to its scale. A scale
         is float `[n]` for a source with n outputs, or `[layers, n]` for stacked layers.
         Its numbers are finite and not zero.
@@ -127,11 +139,11 @@ def fold_scales(model: Llama, scales: Mapping[str, jax.typing.ArrayLike]) -> Lla
 
     Example:
       >>> from flax import nnx
-      >>> from jaxq.models import Llama, LlamaConfig
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=1, num_attention_heads=2,
-      ...                      num_key_value_heads=1, head_dim=16)
-      >>> model = Llama(config, rngs=nnx.Rngs(0))
+      >>> from jaxq.models import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                        num_hidden_layers=1, num_attention_heads=2,
+      ...                        num_key_value_heads=1, head_dim=16)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
       >>> float(fold_scales(model, {"norm": jnp.full(32, 2.0)}).norm.scale[0])
       0.5
     """
@@ -189,6 +201,8 @@ def _divide_source(params: Parameters, group: NormGroup, scale: jax.Array) -> No
     source = group.source
     if group.kind == "norm":
         params[source, "scale"] = params[source, "scale"] / scale
+        if (source, "bias") in params:
+            params[source, "bias"] = params[source, "bias"] / scale
         return
     params[source, "kernel"] = params[source, "kernel"] / scale[..., None, :]
     if (source, "bias") in params:
@@ -196,16 +210,16 @@ def _divide_source(params: Parameters, group: NormGroup, scale: jax.Array) -> No
 
 
 def smooth(
-    model: Llama,
+    model: Decoder,
     absmax: Mapping[str, jax.typing.ArrayLike],
     rule: Callable[[jax.Array, list[jax.Array]], Any],
     *,
     groups: Sequence[NormGroup] | None = None,
-) -> Llama:
+) -> Decoder:
     """A copy of a model with the scales that a rule finds for each group.
 
     Args:
-      model: a float `Llama`. It is not changed.
+      model: a float `Decoder`. It is not changed.
       absmax: for one linear of each group, by its path: float `[in]` (`[layers, in]`
         for stacked layers), the largest magnitude of each of its inputs over some data.
       rule: `(absmax [in], [weights [in, out_i]]) -> scale [in]`, or a tuple that begins
@@ -223,11 +237,11 @@ def smooth(
 
     Example:
       >>> from flax import nnx
-      >>> from jaxq.models import Llama, LlamaConfig
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=1, num_attention_heads=2,
-      ...                      num_key_value_heads=1, head_dim=16)
-      >>> model = Llama(config, rngs=nnx.Rngs(0))
+      >>> from jaxq.models import Decoder, DecoderConfig
+      >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                        num_hidden_layers=1, num_attention_heads=2,
+      ...                        num_key_value_heads=1, head_dim=16)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
       >>> group = norm_groups(model)[0]
       >>> absmax = {group.targets[0]: jnp.full(32, 4.0)}
       >>> smoothed = smooth(model, absmax, lambda x, w: jnp.sqrt(x), groups=[group])
@@ -277,7 +291,7 @@ def _scales_of_layers(
     return jnp.stack(scales).reshape(magnitudes.shape)
 
 
-def _repeat_for_query_heads(scale: jax.Array, model: Llama) -> jax.Array:
+def _repeat_for_query_heads(scale: jax.Array, model: Decoder) -> jax.Array:
     """Repeats scales of v_proj for the query heads of each key head.
 
     `[..., m h]` becomes `[..., m g h]`, with g query heads per key head.
@@ -290,7 +304,7 @@ def _repeat_for_query_heads(scale: jax.Array, model: Llama) -> jax.Array:
 
 
 def _grouped_by_key_head(
-    magnitudes: jax.Array, weights: list[jax.Array], model: Llama
+    magnitudes: jax.Array, weights: list[jax.Array], model: Decoder
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Groups the inputs of o_proj by the channel of v_proj that they come from.
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.models.llama import Llama
+from jaxq.models.decoder import Decoder
 from jaxq.qtensor import QTensor
 
 
-def unrolled(model: Llama) -> Llama:
+def unrolled(model: Decoder) -> Decoder:
     """A copy of a model whose layers are in a list.
 
     Each layer is then a separate module, so each layer can be inspected or quantized
@@ -25,17 +25,17 @@ def unrolled(model: Llama) -> Llama:
     collected inside it.
 
     Args:
-      model: a `Llama`, float or quantized. It is not changed.
+      model: a `Decoder`, float or quantized. It is not changed.
 
     Returns:
       The model with `scan_layers=False`.
 
     Example:
-      >>> from jaxq.models import Llama, LlamaConfig, stacked, unrolled
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=2, num_attention_heads=2,
-      ...                      num_key_value_heads=1, head_dim=16, scan_layers=True)
-      >>> model = unrolled(Llama(config, rngs=nnx.Rngs(0)))
+      >>> from jaxq.models import Decoder, DecoderConfig, stacked, unrolled
+      >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                        num_hidden_layers=2, num_attention_heads=2,
+      ...                        num_key_value_heads=1, head_dim=16, scan_layers=True)
+      >>> model = unrolled(Decoder(config, rngs=nnx.Rngs(0)))
       >>> len(model.layers), stacked(model).config.scan_layers
       (2, True)
     """
@@ -50,13 +50,13 @@ def unrolled(model: Llama) -> Llama:
     return _with_layers(copy, nnx.List(layers), scan_layers=False)
 
 
-def stacked(model: Llama) -> Llama:
+def stacked(model: Decoder) -> Decoder:
     """A copy of a model whose layers are stacked along a leading axis.
 
     One scan runs them, so the compile time does not grow with the number of layers.
 
     Args:
-      model: a `Llama`, float or quantized. It is not changed.
+      model: a `Decoder`, float or quantized. It is not changed.
 
     Returns:
       The model with `scan_layers=True`.
@@ -66,11 +66,11 @@ def stacked(model: Llama) -> Llama:
         a recipe quantizes some of them differently.
 
     Example:
-      >>> from jaxq.models import Llama, LlamaConfig, stacked
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-      ...                      num_hidden_layers=2, num_attention_heads=2,
-      ...                      num_key_value_heads=1, head_dim=16)
-      >>> model = stacked(Llama(config, rngs=nnx.Rngs(0)))
+      >>> from jaxq.models import Decoder, DecoderConfig, stacked
+      >>> config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                        num_hidden_layers=2, num_attention_heads=2,
+      ...                        num_key_value_heads=1, head_dim=16)
+      >>> model = stacked(Decoder(config, rngs=nnx.Rngs(0)))
       >>> model.layers.mlp.up_proj.kernel.shape
       (2, 32, 48)
     """
@@ -92,7 +92,7 @@ def stacked(model: Llama) -> Llama:
     return _with_layers(copy, nnx.merge(graphdefs[0], state), scan_layers=True)
 
 
-def _with_layers(model: Llama, layers: Any, *, scan_layers: bool) -> Llama:
+def _with_layers(model: Decoder, layers: Any, *, scan_layers: bool) -> Decoder:
     model.layers = layers
     model.config = dataclasses.replace(model.config, scan_layers=scan_layers)
     return model

@@ -19,10 +19,10 @@ from jaxq.evaluation import perplexity
 from jaxq.files import NewFile
 from jaxq.models import _checkpoint as checkpoint_module
 from jaxq.models import load, save
-from jaxq.models.llama import DecoderLayer
+from jaxq.models.decoder import DecoderLayer
 from tests import tables
 from tests.arrays import assert_same
-from tests.models.test_llama import make
+from tests.models.test_decoder import make
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REASON = "compares with transformers on torch, which the bench extra installs"
@@ -352,7 +352,7 @@ def test_saving_other_parameters_is_an_error(tmp_path):
     model.layers[0].mlp.up_proj.kernel_scale = nnx.Param(jnp.ones(3))
     with pytest.raises(
         ValueError,
-        match="differ from those of a float Llama in layers.0.mlp.up_proj.kernel_scale",
+        match="of a float Decoder in layers.0.mlp.up_proj.kernel_scale",
     ):
         save(tmp_path, model)
     assert not list(tmp_path.iterdir())
@@ -429,7 +429,7 @@ def test_a_config_of_many_layers_builds_none(written, monkeypatch, scan_layers):
     def fail(*args, **kwargs):
         raise AssertionError("a layer was built")
 
-    monkeypatch.setattr("jaxq.models.llama.DecoderLayer.__init__", fail)
+    monkeypatch.setattr("jaxq.models.decoder.DecoderLayer.__init__", fail)
     message = r"config\.json: num_hidden_layers is 1000000000, .* of 2 layers"
     with pytest.raises(ValueError, match=message):
         load(path, scan_layers=scan_layers)

@@ -1,4 +1,4 @@
-"""`LlamaConfig`: reading `config.json`, writing it, and errors."""
+"""`DecoderConfig`: reading `config.json`, writing it, and errors."""
 
 import dataclasses
 import json
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxq.models import LlamaConfig
-from jaxq.models._config import RopeScaling
-from tests.models.test_llama import CONFIG
+from jaxq.models import DecoderConfig
+from jaxq.models._rope import RopeScaling
+from tests.models.test_decoder import CONFIG
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HF = {
@@ -50,27 +50,43 @@ def trained_config():
 def test_values_of_another_type_are_errors(change, message):
     config = trained_config() | change
     with pytest.raises(ValueError, match=message):
-        LlamaConfig.from_hf(config)
+        DecoderConfig.from_hf(config)
 
 
 def test_mistral_config_without_a_window_has_the_default():
     config = trained_config() | {"model_type": "mistral"}
     config.pop("sliding_window", None)
-    assert LlamaConfig.from_hf(config).sliding_window == 4096
-    assert LlamaConfig.from_hf(config | {"sliding_window": None}).sliding_window is None
+    assert DecoderConfig.from_hf(config).sliding_window == 4096
+    assert (
+        DecoderConfig.from_hf(config | {"sliding_window": None}).sliding_window is None
+    )
+
+
+def test_null_means_the_default_or_none():
+    config = HF | {"model_type": "gemma2"}
+    nulls = {"query_pre_attn_scalar": None, "head_dim": None}
+    assert DecoderConfig.from_hf(config | nulls) == DecoderConfig.from_hf(config)
+    assert DecoderConfig.from_hf(config).attention_softcap == 50.0
+    free = DecoderConfig.from_hf(config | {"attn_logit_softcapping": None})
+    assert free.attention_softcap is None
+    mixtral = DecoderConfig.from_hf(
+        HF | {"model_type": "mixtral", "num_local_experts": None}
+    )
+    assert mixtral.experts.num_experts == 8
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"model_type": "gpt2"},
-            "model_type='gpt2'; expected one of llama, mistral, qwen2",
-        ),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"model_type": "bart"}, "model_type='bart'; expected one of llama, mistral"),
+        ({"hidden_act": "relu6"}, "hidden_act='relu6'; expected one of silu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_type='longrope'; expected"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic' needs factor"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_type='yarn'; expected 'default'",
+        ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
             "needs low_freq_factor",
@@ -83,8 +99,20 @@ def test_mistral_config_without_a_window_has_the_default():
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
-            "use_sliding_window=True",
+            {"model_type": "mistral", "layer_types": ["full_attention", "x", "x"]},
+            "layer_types has x; expected full_attention or sliding_attention",
+        ),
+        (
+            {"model_type": "gemma2", "layer_types": ["full_attention"]},
+            "layer_types has 1 entries; num_hidden_layers is 3",
+        ),
+        (
+            {"model_type": "gemma2", "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True; expected False",
+        ),
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx=True; expected False",
         ),
         (
             {"num_key_value_heads": 3},
@@ -95,21 +123,21 @@ def test_mistral_config_without_a_window_has_the_default():
 )
 def test_unsupported_values_are_errors(change, message):
     with pytest.raises(ValueError, match=message.replace("{", r"\{")):
-        LlamaConfig.from_hf(HF | change)
+        DecoderConfig.from_hf(HF | change)
 
 
 def test_one_error_lists_all_problems():
     config = HF | {"model_type": "x", "hidden_act": "y"}
     del config["vocab_size"]
     with pytest.raises(
-        ValueError, match="model_type.*hidden_act.*vocab_size is missing"
+        ValueError, match="model_type.*vocab_size is missing.*hidden_act"
     ):
-        LlamaConfig.from_hf(config)
+        DecoderConfig.from_hf(config)
 
 
 def test_unknown_rope_kind_is_an_error():
-    with pytest.raises(ValueError, match="kind is 'yarn'; expected 'default'"):
-        RopeScaling("yarn")
+    with pytest.raises(ValueError, match="kind is 'longrope'; expected one of"):
+        RopeScaling("longrope")
 
 
 @pytest.mark.parametrize(
@@ -126,9 +154,10 @@ def test_unknown_rope_kind_is_an_error():
 )
 def test_round_trip(changes):
     config = dataclasses.replace(CONFIG, **changes)
-    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert DecoderConfig.from_hf(config.to_hf()) == config
 
 
 def test_config_that_no_architecture_has_is_an_error():
-    with pytest.raises(ValueError, match="match none of the architectures"):
-        dataclasses.replace(CONFIG, attention_bias=True, sliding_window=4).to_hf()
+    config = dataclasses.replace(CONFIG, query_key_norm="heads", sliding_window=4)
+    with pytest.raises(ValueError, match="none of the architectures llama, mistral"):
+        config.to_hf()

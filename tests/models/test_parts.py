@@ -1,5 +1,8 @@
 """`models.load(mesh=, rules=)`: a Hugging Face directory is read onto a mesh."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxq import files, sharding
-from jaxq.models import load, save
-from tests.models.test_llama import make
+from jaxq.models import ExpertsConfig, load, save, stacked
+from jaxq.models._rope import RopeScaling
+from tests.models.test_decoder import make
 
 RULES = {
     "**/*_proj/kernel": P("d", "t"),
@@ -40,6 +44,53 @@ def test_a_model_is_where_place_puts_it(scan_layers, rules, dtype, tmp_path):
 
     jax.tree.map(compare, state, expected)
     assert model(jnp.array([[1, 2, 3]])).shape == (1, 3, model.config.vocab_size)
+
+
+EXPERTS = ExpertsConfig(num_experts=4, num_experts_per_token=2, intermediate_size=16)
+# The family that `save` writes, and how its files hold parameters.
+OTHER_FILES = {
+    "gpt2": {  # q, k and v in one tensor, kernels [in, out]
+        "norm": "layer",
+        "gated_mlp": False,
+        "learned_positions": True,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        **dict.fromkeys(("attention_bias", "attention_output_bias", "mlp_bias"), True),
+    },
+    "mixtral": {"experts": dataclasses.replace(EXPERTS, intermediate_size=48)},
+    "gpt_oss": {  # columns of two kernels take turns
+        "experts": dataclasses.replace(
+            EXPERTS, intermediate_size=48, bias=True, clamp=7.0
+        ),
+        "attention_sinks": True,
+        "sliding_window": 4,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "rope_scaling": RopeScaling("yarn", 4.0, truncate=False),
+    },
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FILES)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_parts_of_tensors_in_other_families(family, scan_layers, tmp_path):
+    model = make(**OTHER_FILES[family])
+    save(tmp_path, model, dtype=jnp.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == family
+    lead = (None,) * scan_layers
+    rules = {
+        "**/experts/*/kernel": P(*lead, "d", None, "t"),
+        "**/*_proj/kernel": P(*lead, "d", "t"),
+        "**": P(),
+    }
+    if family == "gpt2":
+        del rules["**/experts/*/kernel"]
+    mesh = devices()
+    sharded, _ = load(tmp_path, mesh=mesh, rules=rules, scan_layers=scan_layers)
+    expected = stacked(model) if scan_layers else model
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(sharded), nnx.state(expected))
 
 
 def test_parameters_without_rules_are_replicated(tmp_path):

@@ -14,7 +14,7 @@ from jaxq.io import layouts
 from tests import tables
 from tests.io.checkpoint import directories
 from tests.io.checkpoint.directories import CASES, tensors_of
-from tests.models.test_llama import make
+from tests.models.test_decoder import make
 
 # Not GPT-OSS's mxfp4, which has names of experts.
 ROWS = [name for name in directories.ROWS if name != "mxfp4"]

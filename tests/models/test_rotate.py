@@ -15,7 +15,7 @@ from jaxq.methods._rotation import hadamard, random_hadamard
 from jaxq.models import fold_scales, norm_groups, smooth, with_outliers
 from jaxq.models._rotate import rotate
 from tests import tables
-from tests.models.test_llama import VARIANTS, make, tokens
+from tests.models.test_decoder import VARIANTS, make, tokens
 from tests.models.test_scale_groups import record, run, state
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -151,6 +151,19 @@ def test_errors():
         rotate(model, orthogonal(32), heads=orthogonal(32))
     with pytest.raises(ValueError, match="online is not orthogonal"):
         rotate(model, orthogonal(32), online=jnp.tanh)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "layer"}, "norm='layer', and a LayerNorm subtracts the mean"),
+        ({"norm_places": "both"}, "norm_places='both', and the gain of a norm"),
+        ({"learned_positions": True}, "the learned positions are not rotated"),
+    ],
+)
+def test_models_that_cannot_be_rotated(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rotate(make(num_hidden_layers=1, **changes), orthogonal(32))
 
 
 @pytest.mark.heavy

@@ -11,7 +11,7 @@ import jaxq
 from jaxq.methods import smoothquant
 from jaxq.models import fold_scales, norm_groups, smooth, with_outliers
 from tests import tables
-from tests.models.test_llama import VARIANTS, make, tokens
+from tests.models.test_decoder import VARIANTS, make, tokens
 
 run = nnx.jit(lambda model, tokens: model(tokens))
 over_variants = pytest.mark.parametrize(
@@ -94,6 +94,31 @@ def test_folding_any_scales_changes_nothing(variant):
     for path, value in state(model).items():
         np.testing.assert_array_equal(value, before[path])
     assert any(np.any(value != before[path]) for path, value in state(folded).items())
+
+
+LAYER_NORM = {
+    "norm": "layer",
+    "gated_mlp": False,
+    "learned_positions": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+OTHER_NORMS = {
+    "layer_norm": (LAYER_NORM, ["input_layernorm", *SOURCES[1:3]]),
+    "after": ({"norm_places": "after"}, [SOURCES[1], SOURCES[3]]),
+    "both": ({"norm_places": "both", "unit_offset_norms": True}, list(SOURCES)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NORMS)
+def test_folding_in_models_with_other_norms(name):
+    changes, sources = OTHER_NORMS[name]
+    model = make(num_hidden_layers=1, **changes)
+    found = [group.source for group in norm_groups(model)]
+    assert found == [*(f"layers/0/{source}" for source in sources), "norm"]
+    folded = fold_scales(model, random_scales(model))
+    np.testing.assert_array_equal(run(folded, tokens()), run(model, tokens()))
+    assert any(np.any(v != state(model)[p]) for p, v in state(folded).items())
 
 
 def test_each_group_takes_its_scale():

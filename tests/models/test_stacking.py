@@ -8,7 +8,7 @@ from flax import nnx
 import jaxq
 from jaxq.methods import hadamard
 from jaxq.models import rotate, stacked, unrolled
-from tests.models.test_llama import make, tokens
+from tests.models.test_decoder import make, tokens
 from tests.models.test_scale_groups import run, state
 
 

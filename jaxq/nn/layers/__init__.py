@@ -13,12 +13,14 @@ from jaxq.nn.layers._batch_norm import (
     folded_kernel,
     norm_factor,
 )
+from jaxq.nn.layers._call_inputs import InputRows
 from jaxq.nn.layers._conv_patches import conv_patches, patches_shape
 from jaxq.nn.layers._input_transform import TransformInput, input_transforms
 from jaxq.nn.layers._kind import (
     LayerKind,
     bare_kind,
     find_kind,
+    foreign_hook,
     layer_kinds,
     put_weight,
     register_layer,
@@ -44,7 +46,7 @@ from jaxq.nn.layers._nnx_einsum import QEinsum
 from jaxq.nn.layers._nnx_embed import QEmbed
 from jaxq.nn.layers._nnx_linear import QLinear, QLinearGeneral
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import PromoteQTensors, accept_qtensors
 from jaxq.nn.layers._quantized_param import (
     QuantizedParam,
     quantized_param,

@@ -12,7 +12,7 @@ from jaxq import models
 from jaxq.files import GgufFile, NewFile, NewTensor, write_gguf
 from jaxq.io import layouts
 from tests import tables
-from tests.models.test_llama import make
+from tests.models.test_decoder import make
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 9)).astype(np.int32)

@@ -17,7 +17,7 @@ from jaxq import models
 from jaxq.io import layouts, quantize_checkpoint, read_checkpoint
 from jaxq.io.checkpoint import _stream
 from tests.io.checkpoint import directories
-from tests.models.test_llama import make
+from tests.models.test_decoder import make
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 SHARD = 200_000  # a few shards of the model below

@@ -8,7 +8,7 @@ import jaxq
 from jaxq import models
 from jaxq.io import layouts
 from tests.io.checkpoint.directories import CASES
-from tests.models.test_llama import make
+from tests.models.test_decoder import make
 
 REASON = "compares with transformers on torch, which the bench extra installs"
 # Sizes that all layouts can hold. Groups have up to 128 inputs.

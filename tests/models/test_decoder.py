@@ -1,4 +1,4 @@
-"""The Llama network: shapes, causality, caches, scanned layers and generation."""
+"""The decoder: shapes, causality, caches, scanned layers and generation."""
 
 import dataclasses
 from pathlib import Path
@@ -12,13 +12,12 @@ from flax import nnx
 import jaxq
 from jaxq.evaluation import perplexity
 from jaxq.methods import hadamard
-from jaxq.models import Llama, LlamaConfig, generate, load
-from jaxq.models._config import RopeScaling
-from jaxq.models.llama import _rope_frequencies
+from jaxq.models import Decoder, DecoderConfig, generate, load
+from jaxq.models._rope import RopeScaling, rope_frequencies
 from tests import tables
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=97,
     hidden_size=32,
     intermediate_size=48,
@@ -47,7 +46,7 @@ def make(dtype=jnp.float32, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     rng = np.random.default_rng(7)
     # eval_shape and numpy, so that nothing is compiled.
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for path, param in flat.items():
         value = 0.2 * rng.normal(size=param.shape) + (path[-1] == "scale")
@@ -272,7 +271,7 @@ def test_scan_gives_the_same_logits():
 
 def test_scanned_layers_start_different():
     config = dataclasses.replace(CONFIG, scan_layers=True)
-    kernel = Llama(config, rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...]
+    kernel = Decoder(config, rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...]
     assert kernel.shape == (2, 32, 48)
     assert not np.array_equal(kernel[0], kernel[1])
 
@@ -384,10 +383,9 @@ def test_generate_errors(kwargs, message):
 
 def test_llama3_frequencies():
     """Fast rotations stay, slow ones are divided by the factor, others are between."""
-    config = dataclasses.replace(CONFIG, head_dim=64)
-    plain = _rope_frequencies(config)
+    plain = rope_frequencies(1e4, 64, RopeScaling())
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
-    scaled = _rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+    scaled = rope_frequencies(1e4, 64, scaling)
     turns = 256 * plain / (2 * np.pi)
     np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
