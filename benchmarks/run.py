@@ -41,6 +41,7 @@ SUBJECTS = (
     "kmeans",
     "kv_cache",
     "kv_steps",
+    "low_precision",
     "matmul",
     "memory",
     "methods",

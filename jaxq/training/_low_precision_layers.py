@@ -20,6 +20,7 @@ from jaxq.nn.transform import find_layers
 from jaxq.qtensor import QUANTIZED
 from jaxq.recipes import compile_pattern, default_rules
 from jaxq.training._delayed_scaling import AmaxHistory
+from jaxq.training._low_precision_attention import attend
 from jaxq.training._low_precision_conv import convolve_arrays
 from jaxq.training._low_precision_dot import einsum_arrays, multiply_arrays
 from jaxq.training._low_precision_product import Bounds
@@ -32,6 +33,7 @@ _PRODUCTS = {
     "dot_general": (multiply_arrays, 0),
     "einsum_op": (einsum_arrays, 1),
     "conv_general_dilated": (convolve_arrays, 0),
+    "attention_fn": (attend, 0),
 }
 
 
@@ -41,6 +43,7 @@ def low_precision(
     *,
     keep: Sequence[str] = (),
     keep_defaults: bool = True,
+    attention: bool = False,
     key: jax.Array | None = None,
 ) -> nnx.Module:
     """Returns a copy of a model whose products are quantized, forward and backward.
@@ -65,6 +68,9 @@ def low_precision(
         example "layers/0/**".
       keep_defaults: True also keeps routers and output heads in floats, as
         `jaxq.quantize_model` does.
+      attention: True also quantizes the two products of each
+        `nnx.MultiHeadAttention`: queries times keys, and weights times values. The
+        recipe must not have delayed scaling.
       key: PRNG key of the random streams. None uses `jax.random.key(0)`.
 
     Returns:
@@ -74,8 +80,10 @@ def low_precision(
       TypeError: `model` is not an nnx module; `recipe` is neither a name nor a
         `LowPrecision`.
       ValueError: no recipe has this name; a pattern matches no layer; no layer is left;
-        or a layer cannot be changed, for example because its weight is quantized or it
-        has a product of its own. The error names all such layers.
+        `attention` is True, but the recipe has delayed scaling or the model has no
+        `nnx.MultiHeadAttention`; or a layer cannot be changed, for example because its
+        weight is quantized or it has a product of its own. The error names all such
+        layers.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, optax
@@ -99,6 +107,8 @@ def low_precision(
     model = nnx.clone(model)
     layers = list(find_layers(model))
     paths = [(layer.path, layer.kind.name) for layer in layers]
+    attentions = _attentions(model, recipe) if attention else {}
+    paths += [(path, "MultiHeadAttention") for path in attentions]
     kept = kept_layers(paths, keep, keep_defaults, CALLER)
     changed = [layer for layer in layers if layer.path not in kept]
     refuse_layers([(layer.path, _problem(*layer[1:])) for layer in changed], CALLER)
@@ -112,7 +122,43 @@ def low_precision(
         )
         # Flax takes a function as static. The module has Variables.
         setattr(layer, kind.hook, nnx.data(product))
+    for index, (path, module) in enumerate(attentions.items(), start=len(changed)):
+        if path not in kept:
+            stack = module.query.kernel.get_value().shape[:-3]
+            own_key = jax.random.fold_in(key, index)
+            product = LowPrecisionProduct(recipe, "attention_fn", own_key, stack)
+            module.attention_fn = nnx.data(product)
     return model
+
+
+def _attentions(model: nnx.Module, recipe: LowPrecision) -> dict[str, Any]:
+    """The attention layers of a model, by path.
+
+    Raises:
+      ValueError: there is none; one has an attention function of its own; or the recipe
+        has delayed scaling.
+    """
+    if recipe.delayed is not None:
+        raise ValueError(
+            f"{CALLER}: attention=True is for recipes without delayed scaling. Use "
+            "'fp8', or attention=False."
+        )
+    attentions = {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.MultiHeadAttention)
+    }
+    if not attentions:
+        raise ValueError(
+            f"{CALLER}: attention=True, but the model has no nnx.MultiHeadAttention."
+        )
+    foreign = {
+        path: f"its attention_fn is a custom function, {module.attention_fn!r}"
+        for path, module in attentions.items()
+        if module.attention_fn is not nnx.dot_product_attention
+    }
+    refuse_layers(foreign.items(), CALLER)
+    return attentions
 
 
 def kept_layers(

@@ -263,6 +263,41 @@ def test_scanned_layers_are_those_of_a_list(recipe):
         assert stack.blocks.linear.dot_general.stream.count[...].tolist() == [1, 1, 1]
 
 
+# Attention.
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_without_rounding_is_that_of_flax(is_causal):
+    """A recipe of float products shows that only the rounding differs."""
+    floats = training.ProductSpec(None, None)
+    recipe = training.LowPrecision(floats, floats, floats)
+    layer = nnx.MultiHeadAttention(4, 16, rngs=nnx.Rngs(0), decode=False)
+    fast = training.low_precision(layer, recipe, attention=True)
+    mask = jnp.ones((4, 1, 6, 6), bool).at[..., 4:].set(False)
+    if is_causal:
+        mask &= jnp.tril(jnp.ones((6, 6), bool))[None, None]
+    run = nnx.jit(nnx.value_and_grad(lambda m: jnp.sum(m(X, mask=mask) ** 2)))
+    actual, expected = run(fast), run(layer)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    gradients = (nnx.state(actual[1], nnx.Param), nnx.state(expected[1]))
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_products_are_quantized():
+    layer = nnx.MultiHeadAttention(4, 16, rngs=nnx.Rngs(0), decode=False)
+    paths = ("query", "key", "value", "out")
+    fast = training.low_precision(layer, "int8", attention=True, keep=paths)
+    assert list(products(fast)) == ["attention_fn"]
+    error = np.linalg.norm(fast(X) - layer(X)) / np.linalg.norm(layer(X))
+    assert 1e-4 < error < 0.03
+    assert fast.attention_fn.stream.count[...] == 1
+    with pytest.raises(ValueError, match="without delayed scaling"):
+        training.low_precision(layer, "fp8_delayed", attention=True)
+    with pytest.raises(ValueError, match=r"no nnx.MultiHeadAttention"):
+        training.low_precision(Block(nnx.Rngs(0)), "fp8", attention=True)
+
+
 # Meshes.
 
 
