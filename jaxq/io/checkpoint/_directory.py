@@ -84,12 +84,6 @@ def read_parameters(
     try:
         scheme = scheme_of(config["quantization_config"])
         modules = _modules(files, scheme)
-        if not modules:
-            raise ValueError(
-                f"quantization_config in {CONFIG} says {scheme.layout.name}, but no "
-                f"tensor is named *{scheme.separator}{scheme.marker}. If the weights "
-                "are floats, remove quantization_config."
-            )
         parameters = {}
         taken = set()
         for module in modules:
@@ -99,6 +93,12 @@ def read_parameters(
             taken |= {f"{module}.{name}" for name in scheme.ignored}
         rest = [name for name in files if name not in taken]
         _check_rest(rest, files, scheme, modules)
+        if not modules:
+            raise ValueError(
+                f"quantization_config in {CONFIG} says {scheme.layout.name}, but no "
+                f"tensor is named *{scheme.separator}{scheme.marker}. If the weights "
+                "are floats, remove quantization_config."
+            )
     except ValueError as error:
         text = str(error)
         if text.startswith(f"{caller}: "):
