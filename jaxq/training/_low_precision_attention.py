@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes as flax_dtypes
 
 from jaxq.training._low_precision_dot import multiply_arrays
 from jaxq.training._precision_recipe import LowPrecision
@@ -59,9 +60,7 @@ def attend(
       `[*batch, q, heads, d]`.
     """
     assert bounds is None, "callers refuse delayed scaling"
-    query, keys, values = nnx.nn.dtypes.promote_dtype(
-        (query, keys, values), dtype=dtype
-    )
+    query, keys, values = flax_dtypes.promote_dtype((query, keys, values), dtype=dtype)
     repeats = query.shape[-2] // keys.shape[-2]
     if repeats > 1:  # grouped query attention
         keys, values = (jnp.repeat(x, repeats, axis=-2) for x in (keys, values))
