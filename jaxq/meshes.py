@@ -83,6 +83,11 @@ def call_on_auto_axes(fn: Callable[..., Any], spec: Any, *args: Any) -> Any:
     call: Any = jax.sharding.auto_axes(
         fn, axes=tuple(_explicit_names(mesh)), out_sharding=out_sharding
     )
+    if AxisType.Manual in mesh.axis_types:
+        # A derivative may keep values of `fn` for its backward pass. Their mesh axes
+        # are Auto. `jax.shard_map` gives them back with Explicit axes, and jax raises
+        # an error. With `checkpoint`, a derivative keeps the arguments only.
+        call = jax.checkpoint(call, prevent_cse=False)
     return call(*args)
 
 

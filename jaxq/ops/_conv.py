@@ -18,7 +18,7 @@ from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_conv
 from jaxq.ops._decoded import multiply_decoded, multiply_in_one_step
-from jaxq.ops._operands import as_operands
+from jaxq.ops._operands import as_operands, check_one_mesh
 from jaxq.ops._plan import Plan
 from jaxq.ops._trained import (
     fake_quant_activation,
@@ -105,6 +105,7 @@ def conv_general_dilated(
             "Use jax.lax.conv_general_dilated for two arrays."
         )
     x, _ = as_operands(lhs, rhs, caller=caller)
+    check_one_mesh((x, rhs), caller)
     out_dtype = jnp.dtype(
         preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype)
     )

@@ -38,7 +38,12 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._input_scale import scale_operand, scale_over_mesh
 from jaxq.ops._on_parts import call_on_parts
-from jaxq.ops._operands import Operand, as_operands, check_float_partner
+from jaxq.ops._operands import (
+    Operand,
+    as_operands,
+    check_float_partner,
+    check_one_mesh,
+)
 from jaxq.ops._outlier_columns import split_outlier_columns
 from jaxq.ops._part_layout import PartLayout, gathers_codes, part_layout
 from jaxq.ops._plan import Plan, Preparation
@@ -116,6 +121,7 @@ def dot_general(
     dims = as_tuples(dimension_numbers, "dot_general")
     check_sizes(left, right, dims, "dot_general")
     check_float_partner(left, right, "dot_general")
+    check_one_mesh((left, right), "dot_general")
     out_dtype = _preferred_dtype(left, right, preferred_element_type)
     trained = trained_operand((left, right), "dot_general")
     if trained is not None:

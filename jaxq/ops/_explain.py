@@ -21,7 +21,7 @@ from jaxq.ops._dimension_numbers import (
     check_sizes,
     nonnegative,
 )
-from jaxq.ops._operands import Operand, check_float_partner, value_of
+from jaxq.ops._operands import Operand, check_float_partner, check_one_mesh, value_of
 from jaxq.ops._plan import Plan
 from jaxq.ops._plan_of_parts import mesh_of, plan_of_parts, plan_of_ragged_parts
 from jaxq.ops._platform_choice import known_platform, num_devices_of
@@ -101,6 +101,7 @@ def explain(
     mesh = mesh_of(mesh, lhs, rhs)
     num_devices = num_devices_of(lhs, rhs)
     lhs, rhs = _as_described(lhs, derivative), _as_described(rhs, derivative)
+    check_one_mesh((lhs, rhs), "explain")
     platform = known_platform(platform, "explain")
     if group_sizes is not None:
         if dimension_numbers is not None or derivative:

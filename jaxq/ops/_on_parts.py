@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from jaxq.meshes import names_in
+
 
 def call_on_parts(
     fn: Callable[..., Any], mesh: Any, in_specs: tuple, out_specs: Any, *args: Any
@@ -23,10 +25,43 @@ def call_on_parts(
       in_specs: for each argument, the PartitionSpec of each leaf.
       out_specs: the PartitionSpecs of the results.
       *args: pytrees of arrays.
+
+    Raises:
+      ValueError: the parts are shards over a mesh axis over which `jax.vmap` maps.
     """
-    args = jax.tree.map(
-        lambda leaf, spec: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)),
-        args,
-        in_specs,
-    )
-    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*args)
+    call = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    try:
+        args = jax.tree.map(
+            lambda leaf, spec: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)),
+            args,
+            in_specs,
+        )
+        return call(*args)
+    except ValueError as error:
+        _check_mapped_axes(mesh, in_specs, error)
+        raise
+
+
+def _check_mapped_axes(mesh: Any, in_specs: tuple, error: ValueError) -> None:
+    """Raises an error that names the mesh axes if `jax.vmap` maps over them."""
+    entries = [entry for spec in jax.tree.leaves(in_specs) for entry in spec]
+    used = {name for entry in entries for name in names_in(entry)}
+    mapped = sorted(used & _mapped_axes(mesh))
+    if mapped:
+        raise ValueError(
+            f"an operand is sharded over the mesh axes {mapped}, and jax.vmap maps "
+            "over an axis that is sharded over them too. Shard the mapped axis over "
+            "other mesh axes, or place the operand without these."
+        ) from error
+
+
+def _mapped_axes(mesh: Any) -> set[str]:
+    """The mesh axes over which `jax.vmap` maps. `jax.shard_map` leaves them out."""
+    manual: list[str] = []
+
+    def record() -> tuple[()]:
+        manual.extend(jax.sharding.get_abstract_mesh().manual_axes)
+        return ()
+
+    jax.eval_shape(jax.shard_map(record, mesh=mesh, in_specs=(), out_specs=()))
+    return set(mesh.axis_names) - set(manual)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight, describe
 
@@ -30,6 +32,46 @@ def as_operands(*operands: Operand, caller: str) -> tuple[Any, ...]:
         value if isinstance(value, QUANTIZED) else jnp.asarray(value)
         for value in values
     )
+
+
+def check_one_mesh(operands: Sequence[Any], caller: str) -> None:
+    """Raises ValueError if operands are on different meshes, one of them explicit.
+
+    Args:
+      operands: arrays, QTensors and other pytrees of arrays or shapes.
+      caller: name of the function, for errors.
+    """
+    meshes = [(operand, _mesh_of_operand(operand)) for operand in operands]
+    meshes = [(operand, mesh) for operand, mesh in meshes if mesh is not None]
+    if not any(AxisType.Explicit in mesh.axis_types for _, mesh in meshes):
+        return
+    for operand, mesh in meshes[1:]:
+        first, first_mesh = meshes[0]
+        if tuple(mesh.shape.items()) != tuple(first_mesh.shape.items()):
+            raise ValueError(
+                f"{caller}: the operands are on different meshes. {_shown(first)} is "
+                f"on the mesh {dict(first_mesh.shape)}, and {_shown(operand)} is on "
+                f"the mesh {dict(mesh.shape)}. Move one of them with "
+                "jaxq.sharding.place(operand, mesh, spec)."
+            )
+
+
+def _mesh_of_operand(operand: Any) -> Any:
+    """The mesh of an array, or of the leaves of a pytree; None if there is none."""
+    for leaf in jax.tree.leaves(operand):
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        sharding = leaf.sharding if is_shape else jax.typeof(leaf).sharding
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and not mesh.empty:
+            return mesh
+    return None
+
+
+def _shown(operand: Any) -> str:
+    """An operand in an error: the dtype and the shape of an array."""
+    if isinstance(operand, jax.Array | jax.ShapeDtypeStruct):
+        return describe(operand.dtype.name, operand.shape)
+    return repr(operand)
 
 
 def value_of(operand: Any) -> Any:

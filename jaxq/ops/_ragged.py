@@ -20,6 +20,7 @@ from jaxq.ops._decision import (
     result_dtype,
 )
 from jaxq.ops._input_scale import scale_rows_by_group
+from jaxq.ops._operands import check_one_mesh
 from jaxq.ops._ragged_activation import multiply_quantized_rows
 from jaxq.ops._ragged_parts import multiply_ragged_parts
 from jaxq.ops._trained import multiply_trained
@@ -90,6 +91,7 @@ def ragged_dot(
         x = jnp.asarray(x)
     group_sizes = jnp.asarray(group_sizes)
     x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
+    check_one_mesh((x, weights, group_sizes), "ragged_dot")
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
     sizes = _row_counts(group_sizes)
     product = _PRODUCTS[x_dtype]

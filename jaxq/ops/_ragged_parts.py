@@ -139,10 +139,9 @@ def _product_of_part(
       layout: how the operands lie on the mesh.
     """
     num_rows, rows, experts = x.shape[0], layout.x[0], layout.weights[0]
-    if rows is not None:
-        sizes = _sizes_in_part(
-            sizes, lax.axis_index(names_in(rows)) * num_rows, num_rows
-        )
+    start = 0 if rows is None else lax.axis_index(names_in(rows)) * num_rows
+    # The group sizes can add up to more rows than there are.
+    sizes = _sizes_in_part(sizes, start, num_rows)
     if experts is None:
         return product(x, weights, sizes)
     num_experts = weights.shape[0]
@@ -155,7 +154,9 @@ def _product_of_part(
     return jnp.roll(product(moved, weights, own_sizes), first_row, axis=0)
 
 
-def _sizes_in_part(sizes: jax.Array, start: jax.Array, num_rows: int) -> jax.Array:
+def _sizes_in_part(
+    sizes: jax.Array, start: jax.Array | int, num_rows: int
+) -> jax.Array:
     """The number of rows of each expert among `num_rows` rows from `start` on."""
     ends = jnp.cumsum(sizes)
     first = jnp.clip(ends - sizes - start, 0, num_rows)

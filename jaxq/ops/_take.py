@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.ops._decision import check_table
+from jaxq.ops._operands import check_one_mesh
 from jaxq.ops._trained import multiply_trained
 from jaxq.qtensor import (
     Geometry,
@@ -62,6 +63,7 @@ def take(table: QTensor | TrainedWeight, indices: jax.typing.ArrayLike) -> jax.A
             f"{describe(indices.dtype.name, indices.shape)}. "
             "Pass indices.astype(jnp.int32)."
         )
+    check_one_mesh((table, indices), "take")
     spec = PartitionSpec(*explicit_spec(indices), None)
     return call_on_auto_axes(_take, spec, table, indices)
 

@@ -92,6 +92,65 @@ def test_parts_give_the_product_of_one_device(name, where):
     np.testing.assert_allclose(np.asarray(dx), expected_dx, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("activation", [None, "int8"])
+def test_gradients_of_mapped_products(activation):
+    """The mapped axis of x is sharded, so `vmap` maps over a mesh axis."""
+    qt, x = jaxq.quantize(normal(64, 32), "int8"), normal(4, 8, 64, seed=3)
+    weight = np.asarray(jaxq.dequantize(qt), np.float64)
+    expected = np.broadcast_to(weight.sum(1), x.shape)
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
+    qt = sharding.place(qt.with_activation(activation), mesh, P(None, "t"))
+    x = jax.device_put(x, NamedSharding(mesh, P("d")))
+
+    def of_each(x, qt):
+        return jax.vmap(jax.grad(lambda x: (x @ qt).sum()))(x)
+
+    def of_all(x, qt):
+        return jax.grad(lambda x: jax.vmap(lambda x: x @ qt)(x).sum())(x)
+
+    for gradient in (of_each, of_all):
+        dx = jax.jit(gradient)(x, qt)
+        assert dx.sharding.spec[0] == "d"
+        np.testing.assert_allclose(np.asarray(dx), expected, rtol=0, atol=1e-4)
+
+
+def test_an_error_names_the_meshes_of_operands_on_different_meshes():
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
+    other = jax.make_mesh((4,), ("z",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(normal(8, 64), NamedSharding(other, P("z")))
+    indices = jax.device_put(jnp.arange(4), NamedSharding(other, P("z")))
+    qt = sharding.place(jaxq.quantize(normal(64, 32), "int8"), mesh, P(None, "t"))
+    table = sharding.place(
+        jaxq.quantize(normal(64, 32), "int8", contracting=-1), mesh, P("t")
+    )
+    experts = jaxq.quantize(normal(4, 64, 32), "int8", batch=0)
+    experts = sharding.place(experts, mesh, P("t"))
+    at = jax.tree.map(lambda _: NamedSharding(mesh, P()), filled_cache())
+    cache = jax.device_put(filled_cache(), at)
+    q = jax.device_put(normal(2, 1, 4, 64), NamedSharding(other, P()))
+    sizes = jnp.array([2, 2, 2, 2])
+    calls = {
+        "dot_general": lambda: x @ qt,
+        "explain": lambda: jaxq.explain(x, qt),
+        "ragged_dot": lambda: jaxq.ops.ragged_dot(x, experts, sizes),
+        "take": lambda: jaxq.ops.take(table, indices),
+        "KVCache.attend": lambda: cache.attend(q),
+    }
+    for caller, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{caller}: .* on different meshes") as e:
+            call()
+        assert "{'d': 2, 't': 2}" in str(e.value)
+        assert "{'z': 4}" in str(e.value)
+
+
+def test_a_map_over_a_mesh_axis_of_the_weight_is_an_error():
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
+    qt = sharding.place(jaxq.quantize(normal(64, 32), "int8"), mesh, P(None, "t"))
+    x = jax.device_put(normal(4, 8, 64), NamedSharding(mesh, P("t")))
+    with pytest.raises(ValueError, match=r"mesh axes \['t'\], and jax\.vmap maps"):
+        jax.vmap(lambda x: x @ qt)(x)
+
+
 def test_the_weight_can_be_on_the_left():
     qt, x = weight("int8", "int8"), normal(K, ROWS)
     expected = jax.jit(lambda qt, x: qt.T @ x)(qt, x)
@@ -162,6 +221,23 @@ def test_devices_multiply_the_rows_of_their_experts(where, activation):
     np.testing.assert_allclose(np.asarray(y), expected, rtol=0, atol=bound)
     bound = 1e-6 * np.abs(expected_dx).max()
     np.testing.assert_allclose(np.asarray(dx), expected_dx, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("where", ["experts", "rows and experts", "the same axis"])
+def test_group_sizes_can_add_up_to_more_rows_than_x_has(where):
+    experts, x = jaxq.quantize(normal(4, 64, 32), "int8", batch=0), normal(8, 64)
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
+    rows, at = EXPERTS[where]
+    with jax.set_mesh(mesh):
+        placed = sharding.place(experts, mesh, at)
+        placed_x = jax.device_put(x, NamedSharding(mesh, rows))
+    for sizes in ([0, 9, 1, 1], [3, 0, 2, 9]):
+        groups = np.repeat(np.arange(4), sizes)[:8]
+        weights = np.asarray(jaxq.dequantize(experts), np.float64)[groups]
+        expected = np.einsum("mk,mkn->mn", np.asarray(x, np.float64), weights)
+        with jax.set_mesh(mesh):
+            y = jax.jit(jaxq.ops.ragged_dot)(placed_x, placed, jnp.array(sizes))
+        np.testing.assert_allclose(np.asarray(y), expected, rtol=0, atol=1e-4)
 
 
 def filled_cache():

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq import sharding
-from tests.arrays import normal_with_outliers
+from tests.arrays import normal, normal_with_outliers
 from tests.kernels.products import CUSTOM_CALL, h200
 
 TYPES = (AxisType.Auto, AxisType.Explicit)
@@ -181,6 +181,31 @@ def test_axes_that_the_function_does_not_map_stay_automatic():
 
     f = mapped(product, mesh, (P(None, "t"), at), P(), axis_names={"t"})
     assert_close(f(x, qt), x @ qt)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_gradients_where_the_function_does_not_map_an_axis(kind):
+    """The weight is sharded over "t", and the function maps "d" only."""
+    mesh = mesh_of(kind)
+    qt, x = jaxq.quantize(normal_with_outliers(64, 32), "int8"), normal(8, 64)
+    weight = np.asarray(jaxq.dequantize(qt), np.float64)
+    expected = 2 * (np.asarray(x, np.float64) @ weight) @ weight.T
+    placed = sharding.place(qt, mesh, P(None, "t"))
+    product = jax.shard_map(
+        lambda x, qt: x @ qt,
+        mesh=mesh,
+        in_specs=(P("d"), P()),
+        out_specs=P("d"),
+        axis_names={"d"},
+    )
+
+    @jax.jit
+    def gradient(x, qt):
+        return jax.grad(lambda x: (product(x, qt) ** 2).sum())(x)
+
+    with jax.set_mesh(mesh):
+        dx = gradient(sharding.place(x, mesh, P("d")), placed)
+    np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_other_functions_see_the_part():

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxq.ops._operands import check_one_mesh
 from jaxq.ops._plan import Plan
 from jaxq.ops._plan_of_parts import mesh_of
 from jaxq.ops._platform_choice import known_platform, num_devices_of
@@ -379,6 +380,7 @@ class KVCache(CacheArrays):
             )
         for name, x in arrays.items():
             self._check_array(caller, name, x)
+        check_one_mesh((self, *arrays.values()), f"KVCache.{caller}")
         if "v" in arrays and arrays["v"].shape != arrays["k"].shape:
             k, v = (describe(arrays[n].dtype.name, arrays[n].shape) for n in "kv")
             raise ValueError(
