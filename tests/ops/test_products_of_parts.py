@@ -125,8 +125,10 @@ def test_an_error_names_the_meshes_of_operands_on_different_meshes():
     )
     experts = jaxq.quantize(normal(4, 64, 32), "int8", batch=0)
     experts = sharding.place(experts, mesh, P("t"))
-    at = jax.tree.map(lambda _: NamedSharding(mesh, P()), filled_cache())
-    cache = jax.device_put(filled_cache(), at)
+    cache = jaxq.ops.KVCache.empty(
+        "int4", batch=2, num_heads=2, length=128, head_dim=64, dtype=jnp.float32
+    )
+    cache = jax.device_put(cache, NamedSharding(mesh, P()))
     q = jax.device_put(normal(2, 1, 4, 64), NamedSharding(other, P()))
     sizes = jnp.array([2, 2, 2, 2])
     calls = {
