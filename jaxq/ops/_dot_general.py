@@ -60,7 +60,6 @@ from jaxq.qtensor import (
     QTensor,
     TrainedWeight,
     dequantize,
-    leaf_specs,
     mesh_axes,
 )
 
@@ -278,10 +277,7 @@ def _multiply_parts(
         multiply = functools.partial(
             _multiply, plan, (), dims=dims, summed=layout.summed
         )
-        in_specs = tuple(
-            leaf_specs(operand, spec) if isinstance(operand, QTensor) else spec
-            for operand, spec in zip((lhs, rhs), layout[:2], strict=True)
-        )
+        in_specs = layout.in_specs(lhs, rhs)
         return call_on_parts(multiply, mesh, in_specs, layout.out, lhs, rhs)
 
     gathers = [

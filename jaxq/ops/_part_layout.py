@@ -18,13 +18,14 @@ that was sharded over it elsewhere is gathered. This is what fully sharded train
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import PartitionSpec
 
 from jaxq.meshes import names_in
 from jaxq.ops._dimension_numbers import DimensionNumbers
-from jaxq.qtensor import QTensor, find_cuts, num_shards
+from jaxq.qtensor import QTensor, find_cuts, leaf_specs, num_shards
 
 
 class PartLayout(NamedTuple):
@@ -41,6 +42,10 @@ class PartLayout(NamedTuple):
     rhs: PartitionSpec
     out: PartitionSpec
     summed: tuple[str, ...]
+
+    def in_specs(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        """The PartitionSpec of each leaf of the operands."""
+        return _leaf_specs(lhs, self.lhs), _leaf_specs(rhs, self.rhs)
 
 
 def part_layout(
@@ -113,12 +118,22 @@ def part_layout(
 
 def gathers_codes(operand: Any, names: tuple, spec: PartitionSpec) -> bool:
     """True if a device needs codes that other devices have."""
-    if not isinstance(operand, QTensor):
-        return False
-    return any(
-        set(names_in(before)) - set(names_in(after))
-        for before, after in zip(names, spec, strict=True)
-    )
+    return isinstance(operand, QTensor) and bool(gathered_names((names,), (spec,)))
+
+
+def gathered_names(names: Sequence[tuple], specs: Sequence[Any]) -> tuple[str, ...]:
+    """The mesh axes over which a device gets what other devices have.
+
+    Args:
+      names: the mesh axes of each axis of the operands.
+      specs: those of the parts that a device multiplies.
+    """
+    gathered = []
+    for before, after in zip(names, specs, strict=True):
+        for entry, new in zip(before, after, strict=True):
+            missing = set(names_in(entry)) - set(names_in(new))
+            gathered += [name for name in names_in(entry) if name in missing]
+    return tuple(dict.fromkeys(gathered))
 
 
 def fits_parts(operand: Any, axis: int, entry: Any, mesh: Any) -> bool:
@@ -132,3 +147,7 @@ def fits_parts(operand: Any, axis: int, entry: Any, mesh: Any) -> bool:
     spec = [None] * operand.ndim
     spec[axis] = entry
     return not find_cuts(operand, spec, mesh)
+
+
+def _leaf_specs(operand: Any, spec: PartitionSpec) -> Any:
+    return leaf_specs(operand, spec) if isinstance(operand, QTensor) else spec

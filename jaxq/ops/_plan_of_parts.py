@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxq.ops._activations import (
 )
 from jaxq.ops._decision import plan_of_term
 from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first, mirrored
-from jaxq.ops._part_layout import PartLayout, part_layout
+from jaxq.ops._part_layout import PartLayout, gathered_names, part_layout
 from jaxq.ops._plan import Plan
 from jaxq.ops._ragged_parts import ragged_layout
 from jaxq.qtensor import QTensor, axes_of_array, leaf_specs
@@ -208,10 +208,7 @@ def _product_of_parts(
     layout = part_layout(lhs, rhs, dims, names, mesh)
     if layout is None:
         return "a shard would cut blocks of the weight"
-    in_specs = tuple(
-        leaf_specs(operand, spec) if isinstance(operand, QTensor) else spec
-        for operand, spec in zip((lhs, rhs), layout[:2], strict=True)
-    )
+    in_specs = layout.in_specs(lhs, rhs)
     lhs_part, rhs_part = shapes_of_part((lhs, rhs), in_specs, mesh)
     plan = plan_on_one(lhs_part, rhs_part, dims)
     summed = layout.summed
@@ -295,21 +292,6 @@ def _summed_in_gradient(
 def _text(lhs: Any, rhs: Any) -> str:
     """The shapes of the parts, such as "[4, 64] @ [64, 128]"."""
     return f"{list(lhs.shape)} @ {list(rhs.shape)}"
-
-
-def gathered_names(names: Sequence[tuple], specs: Sequence[Any]) -> tuple[str, ...]:
-    """The mesh axes over which a device gets what other devices have.
-
-    Args:
-      names: the mesh axes of each axis of the operands.
-      specs: those of the parts that a device multiplies.
-    """
-    gathered = []
-    for before, after in zip(names, specs, strict=True):
-        for entry, new in zip(before, after, strict=True):
-            missing = set(names_in(entry)) - set(names_in(new))
-            gathered += [name for name in names_in(entry) if name in missing]
-    return tuple(dict.fromkeys(gathered))
 
 
 def names_of(operand: Any) -> tuple:

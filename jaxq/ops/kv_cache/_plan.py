@@ -8,13 +8,9 @@ from typing import Any
 import jax
 
 from jaxq.kernels import Choice
+from jaxq.ops._part_layout import gathered_names
 from jaxq.ops._plan import Plan
-from jaxq.ops._plan_of_parts import (
-    gathered_names,
-    names_of,
-    shapes_of_part,
-    why_not_parts,
-)
+from jaxq.ops._plan_of_parts import names_of, shapes_of_part, why_not_parts
 from jaxq.ops._platform_choice import choose_on, with_choice
 from jaxq.ops.kv_cache._arrays import CacheArrays
 from jaxq.ops.kv_cache._groups import attention_problem
