@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq.methods import hadamard
-from jaxq.models import Llama, fold_scales, rotate
+from jaxq.models import Decoder, fold_scales, rotate
 from tests.arrays import normal
-from tests.models.test_llama import make
+from tests.models.test_decoder import make
 
 X = normal(4, 32)
 INIT = linen.initializers.lecun_normal()
@@ -35,7 +35,7 @@ def name_axes(model):
     return model
 
 
-def named_llama(**changes) -> Llama:
+def named_llama(**changes) -> Decoder:
     return name_axes(make(num_hidden_layers=1, **changes))
 
 
