@@ -57,4 +57,4 @@ def fill_model(model: Any, values: dict[str, Any], path: Path) -> Any:
     """A copy of an nnx model with the arrays and QTensors of a file, by path."""
     from jaxq.io._into_model import into_model  # imports Flax
 
-    return into_model(model, values, f"load: {path}", None)
+    return into_model(model, values, None, caller="load", source=str(path))

@@ -19,6 +19,12 @@ from jaxq.serialization import describe_contents, shapes_of
 from jaxq.sharding import Rules
 
 _DESCRIBE, _TEMPLATE = "jaxq.io.describe", "jaxq.io.template"
+# The words of errors about a description that does not fit `into`.
+_NAMES = {
+    "caller": _TEMPLATE,
+    "source": "the description",
+    "place": "description",
+}
 
 
 def describe(tree: Any) -> dict[str, Any]:
@@ -100,9 +106,8 @@ def template(
     if into is None:
         return contents.value
     if not is_model:
-        return into_tree(into, contents.value, "the description", _TEMPLATE)
+        return into_tree(into, contents.value, **_NAMES)
     from jaxq.io._into_model import into_model
 
     transforms = contents.notes.get("transforms")
-    source = f"{_TEMPLATE}: the description"
-    return into_model(into, contents.value, source, transforms)
+    return into_model(into, contents.value, transforms, **_NAMES)

@@ -1,4 +1,4 @@
-"""Fills a copy of a float model with the arrays of a file.
+"""Fills a copy of a float model with the arrays of a file or a description.
 
 First every parameter of the model is compared with the file. One error names all
 problems. Then the arrays of the file are put into a copy of the model.
@@ -30,18 +30,26 @@ from jaxq.qtensor import QTensor
 
 
 def into_model(
-    model: Any, values: dict[str, Any], source: str, transforms: dict[str, str] | None
+    model: Any,
+    values: dict[str, Any],
+    transforms: dict[str, str] | None,
+    *,
+    caller: str,
+    source: str,
+    place: str = "file",
 ) -> Any:
-    """A copy of a model with the arrays of a file.
+    """A copy of a model with the arrays of a file or a description.
 
     A layer becomes a quantized layer if its weight is quantized in the file.
 
     Args:
       model: an nnx module. It is not changed.
       values: arrays and QTensors of the file by path.
-      source: the caller and the file, at the start of errors.
       transforms: the run-time transforms of layer inputs in the saved model, by path.
         None if the file does not name them.
+      caller: the public function, at the start of errors.
+      source: the path of the file, or "the description", for errors.
+      place: "file" or "description", for errors.
 
     Raises:
       ValueError: model and file do not fit. The error lists all problems.
@@ -50,13 +58,13 @@ def into_model(
     variables = {path_name(p): leaf for p, leaf in array_leaves(copy)}
     layers = _layers_by_weight(copy)
     problems = [
-        *_name_problems(variables, values),
-        *_transform_problems(copy, transforms),
-        *_value_problems(variables, values, layers),
+        *_name_problems(variables, values, place),
+        *_transform_problems(copy, transforms, place),
+        *_value_problems(variables, values, layers, place),
     ]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{source} does not fit the model:\n{lines}")
+        raise ValueError(f"{caller}: {source} does not fit the model:\n{lines}")
     _put_variables(copy, variables, values, layers)
     for leaf_path, leaf in array_leaves(copy):
         if is_array(leaf):
@@ -77,17 +85,21 @@ def _layers_by_weight(model: Any) -> _Layers:
     return layers
 
 
-def _name_problems(variables: dict[str, Any], values: dict[str, Any]) -> list[str]:
+def _name_problems(
+    variables: dict[str, Any], values: dict[str, Any], place: str
+) -> list[str]:
     """Parameters that only the model or only the file has."""
     missing = [name for name in variables if name not in values]
     extra = [name for name in values if name not in variables]
     return [
-        *(f"{name}: in the model, missing from the file" for name in missing),
-        *(f"{name}: in the file, not in the model" for name in extra),
+        *(f"{name}: in the model, missing from the {place}" for name in missing),
+        *(f"{name}: in the {place}, not in the model" for name in extra),
     ]
 
 
-def _transform_problems(model: Any, saved: dict[str, str] | None) -> list[str]:
+def _transform_problems(
+    model: Any, saved: dict[str, str] | None, place: str
+) -> list[str]:
     """Layers whose inputs the model transforms in another way than the file says."""
     own = input_transforms_of(model) or {}
     if saved is None:
@@ -98,14 +110,14 @@ def _transform_problems(model: Any, saved: dict[str, str] | None) -> list[str]:
         if in_model != in_file:
             problems.append(
                 f"{name}: its inputs go through {in_model} in the model and "
-                f"through {in_file} in the file. Pass a model that "
+                f"through {in_file} in the {place}. Pass a model that "
                 "jaxq.models.rotate(..., online=...) made in the same way"
             )
     return problems
 
 
 def _value_problems(
-    variables: dict[str, Any], values: dict[str, Any], layers: _Layers
+    variables: dict[str, Any], values: dict[str, Any], layers: _Layers, place: str
 ) -> list[str]:
     """Parameters of both model and file whose values do not fit."""
     problems = []
@@ -116,10 +128,10 @@ def _value_problems(
         current = value_of(variable)
         if not _can_replace(current, value):
             problems.append(
-                f"{name}: {_text(current)} in the model, {_text(value)} in the file"
+                f"{name}: {_text(current)} in the model, {_text(value)} in the {place}"
             )
         elif isinstance(value, QTensor) and not isinstance(current, QTensor):
-            texts = _layer_problems(layers.get(id(variable), []), value)
+            texts = _layer_problems(layers.get(id(variable), []), value, place)
             problems += [f"{name}: {text}" for text in texts]
     return problems
 
@@ -143,10 +155,13 @@ def _description(qt: QTensor) -> tuple:
     return qt.shape, spec, geometry, meta.dtype, meta.activation, meta.outliers
 
 
-def _layer_problems(layers: list[tuple[Any, Any]], value: QTensor) -> list[str]:
+def _layer_problems(
+    layers: list[tuple[Any, Any]], value: QTensor, place: str
+) -> list[str]:
     """Why `value` cannot replace the float weight of these layers."""
     if not layers:
-        return ["quantized in the file, but not the weight of a layer that jaxq knows"]
+        unknown = "not the weight of a layer that jaxq knows"
+        return [f"quantized in the {place}, but {unknown}"]
     problems = [
         kind.problem(layer) or _axes_problem(layer, kind, value)
         for layer, kind in layers

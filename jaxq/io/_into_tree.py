@@ -1,4 +1,4 @@
-"""Puts the arrays of a file into a tree of the same structure.
+"""Puts the arrays of a file or a description into a tree of the same structure.
 
 A file holds dicts, lists and tuples. `into_tree` puts its arrays into other containers,
 such as the named tuples of an optax state and the Variables of an `nnx.state`.
@@ -14,26 +14,29 @@ import jax.numpy as jnp
 from jaxq.qtensor import LEAVES, QTensor, is_nnx_variable
 
 
-def into_tree(tree: Any, value: Any, source: str, caller: str = "load") -> Any:
-    """A tree of the structure of `tree` with the leaves of a file.
+def into_tree(
+    tree: Any, value: Any, *, caller: str, source: str, place: str = "file"
+) -> Any:
+    """A tree of the structure of `tree` with the leaves of a file or a description.
 
     Args:
       tree: any pytree of arrays, shapes and QTensors. It is not changed.
-      value: the tree of the file.
-      source: the file, for errors.
-      caller: the name that errors begin with.
+      value: the tree of the file or the description.
+      caller: the public function, at the start of errors.
+      source: the path of the file, or "the description", for errors.
+      place: "file" or "description", for errors.
 
     Raises:
-      ValueError: tree and file do not fit. The error lists all problems.
+      ValueError: the trees do not fit. The error lists all problems.
     """
     expected = leaves_by_name(tree, f"{caller}: into= for {source}")
     saved = leaves_by_name(value, f"{caller}: {source}")
-    problems = [f"{name} is missing in the file" for name in expected.keys() - saved]
-    problems += [f"{name} is only in the file" for name in saved.keys() - expected]
+    problems = [f"{name} is missing in the {place}" for name in expected.keys() - saved]
+    problems += [f"{name} is only in the {place}" for name in saved.keys() - expected]
     for name in expected.keys() & saved:
         wanted, got = _description(expected[name]), _description(saved[name])
         if wanted != got and not _is_counted(saved[name], expected[name]):
-            problems.append(f"{name} is {got} in the file, but {wanted} in into=")
+            problems.append(f"{name} is {got} in the {place}, but {wanted} in into=")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(problems))
         raise ValueError(f"{caller}: {source} does not fit into=:\n{lines}")

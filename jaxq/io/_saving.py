@@ -143,14 +143,14 @@ def load(
     if into is None:
         return contents.value
     if not is_nnx_module(into):
-        return into_tree(into, contents.value, str(path))
+        return into_tree(into, contents.value, caller="load", source=str(path))
     if contents.kind != "model":
         raise ValueError(
             f"load: {path} holds a tree, not a model. Load it without into=."
         )
     from jaxq.io._into_model import into_model
 
-    return into_model(into, contents.value, f"load: {path}", transforms)
+    return into_model(into, contents.value, transforms, caller="load", source=str(path))
 
 
 def model_as_file(model: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:

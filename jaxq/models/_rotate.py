@@ -19,13 +19,14 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxq.models._parameters import Parameters
 from jaxq.models._scale_groups import all_groups
@@ -203,7 +204,24 @@ def _untied(model: Decoder) -> Decoder:
         untied[path] = tied.get(path, variable)
     head = ("lm_head", "kernel")
     untied[head] = untied[head].replace(jnp.asarray(table[...]).T)
+    untied[head].set_metadata(**_metadata_of_transpose(table))
     return nnx.merge(graphdef, nnx.from_flat_state(untied))
+
+
+def _metadata_of_transpose(table: nnx.Variable) -> dict[str, Any]:
+    """The metadata of a matrix, with the mesh axes of its transpose."""
+    metadata = dict(table.get_metadata())
+    axes = metadata.get("out_sharding")
+    if isinstance(axes, NamedSharding):
+        metadata["out_sharding"] = NamedSharding(axes.mesh, _transposed(axes.spec))
+    elif axes:
+        metadata["out_sharding"] = _transposed(axes)
+    return metadata
+
+
+def _transposed(axes: Iterable[Any]) -> PartitionSpec:
+    rows, columns, *_ = (*axes, None, None)
+    return PartitionSpec(columns, rows)
 
 
 def _times_per_head(columns: jax.Array, per_head: jax.Array) -> jax.Array:

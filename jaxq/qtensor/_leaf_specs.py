@@ -110,6 +110,7 @@ class Cut(NamedTuple):
       working: the numbers of shards along the axis that cut nothing.
       level: 0 for the codes of the array, 1 for the codes of its quantized scales, and
         so on.
+      can_fit: whether smaller groups, another packing or float scales remove the cut.
     """
 
     axis: int
@@ -117,6 +118,7 @@ class Cut(NamedTuple):
     problem: str
     working: tuple[int, ...]
     level: int
+    can_fit: bool
 
 
 def find_cuts(qt: QTensor, spec: Iterable[Any], mesh: Any) -> list[Cut]:
@@ -150,7 +152,7 @@ def _cuts(qt: QTensor, spec: Iterable[Any], mesh: Any, level: int) -> Iterator[C
         if size % shards:
             problem = f"{shards} shards do not divide the {size} entries of the axis"
             working = tuple(n for n in range(1, size + 1) if size % n == 0)
-            yield Cut(axis, shards, problem, working, level)
+            yield Cut(axis, shards, problem, working, level, False)
     for storage_axis in storage_axes(qt.meta):
         first = storage_axis.first
         for position, axis in enumerate(storage_axis.axes):
@@ -163,11 +165,13 @@ def _cuts(qt: QTensor, spec: Iterable[Any], mesh: Any, level: int) -> Iterator[C
                     f"the axes {names} are stored as one, and only its first axis, "
                     f"{storage_axis.axes[first]}, has shards of neighbouring codes"
                 )
-                yield Cut(axis, shards, problem, (1,), level)
+                yield Cut(axis, shards, problem, (1,), level, level > 0)
                 continue
             problem = storage_axis.why_cut(shards)
             if problem:
-                yield Cut(axis, shards, problem, storage_axis.working_shards(), level)
+                working = storage_axis.working_shards()
+                can_fit = level > 0 or storage_axis.can_fit(shards)
+                yield Cut(axis, shards, problem, working, level, can_fit)
     if isinstance(qt.scale, QTensor):
         # The axes of the scale are the storage axes of the codes.
         batch, _, blocks = _stored_entries(qt, spec)

@@ -64,6 +64,12 @@ class StorageAxis(NamedTuple):
             return f"{part} codes of a shard are not whole bytes"
         return ""
 
+    def can_fit(self, shards: int) -> bool:
+        """Whether this number of shards cuts no axis and no byte, only groups."""
+        part, remainder = divmod(math.prod(self.sizes), shards)
+        divides = self.sizes[self.first] % shards == 0
+        return divides and remainder == 0 and part % self.per_pack == 0
+
     def working_shards(self) -> tuple[int, ...]:
         """The numbers of shards that cut nothing."""
         size = self.sizes[self.first]

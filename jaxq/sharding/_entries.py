@@ -174,6 +174,12 @@ class _Patterns:
         """Raises a ValueError if a rule matched no array, or an array needs a rule."""
         messages = []
         unused = [p for p, _, _ in self._rules if p not in self._used]
+        if self._paths == [""] and (unused or self._unmatched):
+            raise ValueError(
+                f"{self._caller}: one QTensor or array has no path for the patterns "
+                f"{[p for p, _, _ in self._rules]} to match. Pass its PartitionSpec as "
+                "rules, not a dict."
+            )
         if unused:
             messages.append(
                 f"{self._caller}: the rules {unused} match no array. The paths are: "

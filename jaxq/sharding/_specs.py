@@ -9,7 +9,13 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxq.qtensor import QTensor, is_nnx_variable, leaf_specs
-from jaxq.sharding._checks import check_spec, cut_message, mesh_of, problems_of
+from jaxq.sharding._checks import (
+    Problem,
+    check_spec,
+    cut_message,
+    mesh_of,
+    problems_of,
+)
 from jaxq.sharding._entries import (
     Entry,
     find_entries,
@@ -57,8 +63,8 @@ def specs(
       ValueError: a shard would cut a group of codes, a byte, or a group of scales, or
         the number of shards does not divide an axis (the error names all such arrays);
         a rule matches no array; an array with several axes has no rule; a PartitionSpec
-        has more entries than the array has axes, or names an axis that the mesh does
-        not have; or there is no mesh.
+        has more entries than the array has axes, names a mesh axis twice or one that
+        the mesh does not have, or has UNCONSTRAINED; or there is no mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -85,7 +91,7 @@ def specs_of_entries(entries: list[Entry], mesh: Any, caller: str) -> list[Any]:
       ValueError: a shard would cut something. The error names all such arrays.
     """
     mesh = mesh_of(entries, mesh)
-    problems: list[str] = []
+    problems: list[Problem] = []
     all_specs = []
     for entry in entries:
         value, spec = entry.value, entry.spec

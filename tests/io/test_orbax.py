@@ -162,12 +162,18 @@ def test_errors():
     refused({**description, "shapes": shapes}, "w is wrong")
     refused({**description, "shapes": {}}, "the tensor 'w.data' is missing")
     refused(description, "this describes a tree, not a model", into=linear())
-    refused(description, "is missing in", into={"v": tree["w"]})
+    missing = r"v is missing in the description\n  w is only in the description$"
+    refused(description, missing, into={"v": tree["w"]})
+    other_dtype = r"w is QTensor\(.* in the description, but float32\[64\] in into="
+    refused(description, other_dtype, into={"w": jnp.ones(64)})
     model, _ = jaxq.quantize_model(linear(), "int8")
     of_model = describe(model)
     refused(of_model, "Pass a float model of its class as into=, not NoneType")
     other = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
-    refused(of_model, "the description does not fit the model", into=other)
+    other_shape = r"kernel: float32\[32, 8\] in the model, .* in the description$"
+    refused(
+        of_model, f"the description does not fit the model:.*{other_shape}", into=other
+    )
     refused(description, "rules= needs mesh=", TypeError, rules=RULES)
     refused(description, "linen module Dense", TypeError, into=linen.Dense(3))
     with pytest.raises(TypeError, match="^jaxq.io.describe: Dense is a flax linen mod"):

@@ -108,6 +108,46 @@ def test_the_error_lists_the_numbers_of_shards_that_work():
         sharding.specs(qt, P(("d", "t")), mesh=SIZES)
 
 
+# The spec of each array, the possible shards, and whether smaller groups can help.
+REMEDIES = {
+    "float": (jnp.ones((63, 33)), P(None, "d"), "Possible are 1, 3, 11, 33 shards", 0),
+    "one": (jnp.ones((64, 1)), P(None, "d"), "This axis cannot be sharded", 0),
+    "axis": (CUTS["axis"], P(None, "t"), "Possible are 1, 2, 3, 6 shards", 0),
+    "byte": (CUTS["byte"], P("d"), "This axis cannot be sharded", 0),
+    "group": (CUTS["group"], P("t"), "This axis cannot be sharded", 1),
+    "row": (CUTS["row"], P("d"), "This axis cannot be sharded", 1),
+    "scales": (CUTS["scales"], P("d"), "This axis cannot be sharded", 1),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_the_error_advises_smaller_groups_only_if_they_help(name):
+    source, spec, possible, can_fit = REMEDIES[name]
+    array = source
+    if isinstance(source, tuple):
+        (preset, *shape), _, _ = source
+        array = jaxq.quantize(normal_with_outliers(*shape), preset)
+    with pytest.raises(ValueError, match="do not fit the arrays") as error:
+        sharding.specs(array, spec, mesh=SIZES)
+    assert possible in str(error.value)
+    assert ("fit_to_shards" in str(error.value)) == bool(can_fit)
+    if isinstance(array, jaxq.QTensor) and can_fit:
+        fit = sharding.fit_to_shards(array, spec, mesh=SIZES)
+        assert_same_values(fit, array)
+    elif isinstance(array, jaxq.QTensor):
+        with pytest.raises(ValueError, match="^fit_to_shards: the shards do not fit"):
+            sharding.fit_to_shards(array, spec, mesh=SIZES)
+
+
+@pytest.mark.parametrize("preset", [None, "int8"])
+def test_rules_by_pattern_for_one_array_are_an_error(preset):
+    w = normal(64, 32)
+    array = w if preset is None else jaxq.quantize(w, preset)
+    with pytest.raises(ValueError, match=r"\['up'\] to match\. Pass its Part") as error:
+        sharding.place(array, devices(), {"up": P("t")})
+    assert str(error.value).startswith("place: one QTensor or array has no path")
+
+
 def test_a_spec_must_fit_array_and_mesh():
     qt = jaxq.quantize(normal_with_outliers(64, 8), "int8")
     with pytest.raises(ValueError, match=r"names \['model'\], but the mesh has"):
@@ -118,6 +158,10 @@ def test_a_spec_must_fit_array_and_mesh():
         sharding.specs(qt, P("t"))
     with pytest.raises(TypeError, match=r"got dict\. For a tree or a model"):
         sharding.specs({"w": qt}, P("t"), mesh=SIZES)
+    with pytest.raises(ValueError, match=r"int8\[64x8\] names \['t'\] more than once"):
+        sharding.specs(qt, P("t", ("d", "t")), mesh=SIZES)
+    with pytest.raises(ValueError, match=r"UNCONSTRAINED, but specs needs.*Write None"):
+        sharding.specs(qt, P(P.UNCONSTRAINED, "t"), mesh=SIZES)
 
 
 def test_the_mesh_is_that_of_set_mesh_or_of_the_arrays():
@@ -160,7 +204,8 @@ def test_smaller_groups_have_the_same_values(preset, rows, spec, granularity):
 def test_blocks_in_two_axes_and_flat_blocks_become_smaller():
     tiles = jaxq.QuantSpec("int4", jaxq.PerBlock((32, 16)))
     qt = jaxq.quantize(normal_with_outliers(64, 48), tiles)
-    fit = sharding.fit_to_shards(qt, P("t", "t"), mesh=AbstractMesh((4,), ("t",)))
+    mesh = AbstractMesh((4, 4), ("d", "t"))
+    fit = sharding.fit_to_shards(qt, P("d", "t"), mesh=mesh)
     assert fit.spec.granularity.shape == (16, 4)
     assert_same_values(fit, qt)
     flat = jaxq.QuantSpec("int8", jaxq.PerFlat(96))
