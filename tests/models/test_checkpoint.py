@@ -435,8 +435,8 @@ def test_a_config_of_many_layers_builds_none(written, monkeypatch, scan_layers):
         load(path, scan_layers=scan_layers)
 
 
-def test_a_comparison_with_the_config_builds_one_layer(tmp_path, monkeypatch):
-    save(tmp_path, make(head_dim=8))
+def test_a_comparison_with_the_config_does_not_build_every_layer(tmp_path, monkeypatch):
+    save(tmp_path, make(head_dim=8, num_hidden_layers=5))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 96}))
     build = DecoderLayer.__init__
@@ -450,7 +450,8 @@ def test_a_comparison_with_the_config_builds_one_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(DecoderLayer, "__init__", counted)
     with pytest.raises(ValueError, match=r"embed_tokens.weight is \[97, 32\]"):
         load(tmp_path)
-    assert count == 1
+    # One for the parameters outside the layers, and one for those of a layer.
+    assert count == 2
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size"])

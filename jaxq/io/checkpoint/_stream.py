@@ -40,7 +40,12 @@ from jaxq.io.checkpoint._export import (
 )
 from jaxq.io.checkpoint._parts import is_table, parts_of
 from jaxq.io.checkpoint._stream_job import RECORD, Job
-from jaxq.io.checkpoint._stream_plan import Step, plan_steps, quantized_weight
+from jaxq.io.checkpoint._stream_plan import (
+    KINDS,
+    Step,
+    plan_steps,
+    quantized_weight,
+)
 from jaxq.io.checkpoint._targets import Target, WeightSettings, target
 from jaxq.qtensor import QuantSpec
 from jaxq.recipes import Recipe, as_recipe
@@ -146,7 +151,7 @@ def _job(
     description = {
         "version": 1,
         "source": checkpoint.fingerprint(),
-        "recipe": recipe.to_dict(),
+        "recipe": _described(recipe),
         "format": format.lower().replace("-", "_"),
         "shard_bytes": shard_bytes,
     }
@@ -157,6 +162,19 @@ def _job(
             f"{_CALLER}: {out} has a checkpoint already. Use another directory."
         )
     return Job(out, description, _CALLER)
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON, with the kinds of layers that checkpoints have.
+
+    A rule for all kinds lists those that are registered. Another process may have
+    registered other kinds, and it must continue the same job.
+    """
+    described = recipe.to_dict()
+    for rule in described["rules"]:
+        if rule.get("kinds") is not None:
+            rule["kinds"] = [kind for kind in rule["kinds"] if kind in KINDS]
+    return described
 
 
 def _try_each_shape(

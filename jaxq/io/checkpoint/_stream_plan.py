@@ -15,6 +15,8 @@ from jaxq.qtensor import QTensor, QuantSpec, quantize
 from jaxq.recipes import Recipe, Rule
 
 _WEIGHT = ".weight"
+# The kinds of layers that a checkpoint has, as rules name them.
+KINDS = ("Embed", "Linear")
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -123,7 +125,8 @@ def _choose(name: str, shape: Any, recipe: Recipe) -> tuple[Rule | None, str]:
         return None, "not a matrix of a layer"
     if jnp.dtype(shape.dtype).name not in _FLOATS:
         return None, f"{shape.dtype}, not one of {', '.join(_FLOATS)}"
-    kind = "Embed" if is_table(name) else "Linear"
+    table, linear = KINDS
+    kind = table if is_table(name) else linear
     path = name.removesuffix(_WEIGHT).replace(".", "/")
     # Paths of `jaxq.models` do not begin with "model".
     paths = (path, path.removeprefix("model/"))
