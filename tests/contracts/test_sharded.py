@@ -113,7 +113,7 @@ def placed_on(qt, mesh, preset, where):
     num_batch = len(qt.batch_shape) - (where == "batch")
     spec = P(*[None] * num_batch, *SPECS[where])
     if is_cut(preset, where):
-        with pytest.raises(ValueError, match=r"place: the shards would cut"):
+        with pytest.raises(ValueError, match=r"place: the shards do not fit"):
             sharding.place(qt, mesh, spec)
         placed = sharding.place(qt, mesh, spec, fit_to_shards=True)
         np.testing.assert_array_equal(jaxq.dequantize(placed), jaxq.dequantize(qt))
@@ -138,7 +138,7 @@ def check_files(qt, placed, mesh, preset, where, folder):
     jax.tree.map(compare, loaded, placed)
     jaxq.save(folder / "whole", qt)
     if is_cut(preset, where):
-        with pytest.raises(ValueError, match=r"load: the shards would cut"):
+        with pytest.raises(ValueError, match=r"load: the shards do not fit"):
             jaxq.load(folder / "whole", mesh=mesh, rules=rules)
     else:
         # A file does not know the mesh.
