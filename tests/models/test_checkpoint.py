@@ -20,50 +20,11 @@ from jaxq.files import NewFile
 from jaxq.models import _checkpoint as checkpoint_module
 from jaxq.models import load, save
 from jaxq.models.decoder import DecoderLayer
-from tests import tables
 from tests.arrays import assert_same
+from tests.models.peers import DENSE, REASON, make_peer, peer_logits
 from tests.models.test_decoder import make
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-REASON = "compares with transformers on torch, which the bench extra installs"
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-# Name: the config class of transformers, and its arguments besides SIZES.
-PEERS = {
-    "llama": ("LlamaConfig", {}),
-    "tied": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "no_gqa": ("LlamaConfig", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
-    "biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
-    "head_dim": ("LlamaConfig", {"head_dim": 16}),
-    "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
-    "linear": (
-        "LlamaConfig",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-    ),
-    "qwen2": ("Qwen2Config", {"use_sliding_window": False}),
-    "qwen2_tied": (
-        "Qwen2Config",
-        {"tie_word_embeddings": True, "use_sliding_window": False},
-    ),
-    "mistral": ("MistralConfig", {"sliding_window": 6}),
-    "mistral_all": ("MistralConfig", {"sliding_window": None}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -85,42 +46,11 @@ def tokens(b=2, t=19):
     return np.random.default_rng(0).integers(0, 97, (b, t)).astype(np.int32)
 
 
-def peer_logits(torch, model, x):
-    with torch.no_grad():
-        return model(torch.tensor(x, dtype=torch.long)).logits.float().numpy()
-
-
-def make_peer(torch, transformers, name):
-    config_class, extra = PEERS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**SIZES | extra)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    # Biases start at zero and norms at one, where mistakes would not show.
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.ndim == 1:
-                value.add_(0.3 * torch.randn_like(value))
-    return model
-
-
-@pytest.mark.parametrize(
-    "name", tables.thinned(PEERS, ["tied", "llama3", "qwen2", "mistral"])
-)
-def test_logits_equal_transformers(torch, transformers, name, tmp_path):
-    peer = make_peer(torch, transformers, name)
-    peer.save_pretrained(tmp_path)
-    model, tokenizer = load(tmp_path, scan_layers=name == "no_gqa")
-    assert tokenizer is None
-    np.testing.assert_allclose(
-        run(model, tokens()), peer_logits(torch, peer, tokens()), atol=2e-4, rtol=0
-    )
-
-
 @pytest.mark.parametrize(
     "name", ["llama", "tied", "biases", "llama3", "qwen2", "mistral"]
 )
 def test_transformers_reads_directories_of_save(torch, transformers, name, tmp_path):
-    make_peer(torch, transformers, name).save_pretrained(tmp_path / "peer")
+    make_peer(torch, transformers, DENSE, name).save_pretrained(tmp_path / "peer")
     model, _ = load(tmp_path / "peer")
     save(tmp_path / "jaxq", model, dtype=jnp.float32)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "jaxq").eval()
@@ -130,7 +60,7 @@ def test_transformers_reads_directories_of_save(torch, transformers, name, tmp_p
 
 
 def test_sharded_checkpoints(torch, transformers, tmp_path):
-    peer = make_peer(torch, transformers, "llama")
+    peer = make_peer(torch, transformers, DENSE, "llama")
     peer.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     model, _ = load(tmp_path)
