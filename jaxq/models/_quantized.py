@@ -57,11 +57,11 @@ def filled_with_quantized(
     values: dict[str, Any] = {}
     for path, parts in tensors.items():
         key = "/".join(map(str, path))
-        found = {
+        slices = {
             number: _parameter(checkpoint, part, dtype)
             for number, part in parts.items()
         }
-        values[key] = _joined(found, key, checkpoint.path)
+        values[key] = _joined(slices, key, checkpoint.path)
     return fill_model(model, values, checkpoint.path)
 
 
@@ -84,14 +84,14 @@ def _parameter(checkpoint: Checkpoint, part: TensorPart, dtype: np.dtype) -> Any
     return value.T if part.is_transposed else value  # [in, out]
 
 
-def _joined(found: dict[tuple[int, ...], Any], name: str, path: Path) -> Any:
+def _joined(slices: dict[tuple[int, ...], Any], name: str, path: Path) -> Any:
     """The slices of a parameter, stacked along its axes of layers and experts."""
-    while () not in found:
+    while () not in slices:
         rows: dict[tuple[int, ...], list[Any]] = {}
-        for number in sorted(found):
-            rows.setdefault(number[:-1], []).append(found[number])
-        found = {number: _stacked(row, name, path) for number, row in rows.items()}
-    return found[()]
+        for number in sorted(slices):
+            rows.setdefault(number[:-1], []).append(slices[number])
+        slices = {number: _stacked(row, name, path) for number, row in rows.items()}
+    return slices[()]
 
 
 def _stacked(layers: list[Any], name: str, path: Path) -> Any:

@@ -73,20 +73,22 @@ def plan_of_parts(
     whole = plan_on_one(_shapes(lhs), _shapes(rhs), dims)
     if whole.path == "dense":
         return "no operand is quantized"
-    given = _Operands(lhs, rhs, dims, names)
-    operands = _prepared(whole, given)
+    original = _Operands(lhs, rhs, dims, names)
+    operands = _prepared(whole, original)
     plan = _product_of_parts(operands, mesh, plan_on_one, derivative)
     if isinstance(plan, str):
         return plan
     if plan.kernel == "xla" and whole.outlier_product is not None:
         # The product of the outlier columns may still have a kernel.
-        floats = _product_of_parts(_without_activation(given), mesh, plan_on_one, False)
+        floats = _product_of_parts(
+            _without_activation(original), mesh, plan_on_one, False
+        )
         if isinstance(floats, Plan):
             plan = _with_kernel_of(plan, floats)
     if derivative:
         return plan
     plan = _with_kernel_of(dataclasses.replace(whole, result=plan.result), plan)
-    if plan.activation == "dynamic" and _shares_scales(whole, given, mesh):
+    if plan.activation == "dynamic" and _shares_scales(whole, original, mesh):
         plan = dataclasses.replace(
             plan,
             activation_kernel="xla",

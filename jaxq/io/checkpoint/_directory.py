@@ -85,13 +85,13 @@ def read_parameters(
         scheme = scheme_of(config["quantization_config"])
         modules = _modules(files, scheme)
         parameters = {}
-        taken = set()
+        quantized_names = set()
         for module in modules:
             parameter = _quantized(files, scheme, module, caller)
             parameters[parameter.name] = parameter
-            taken |= {tensor.name for tensor in parameter.tensors.values()}
-            taken |= {f"{module}.{name}" for name in scheme.ignored}
-        rest = [name for name in files if name not in taken]
+            quantized_names |= {tensor.name for tensor in parameter.tensors.values()}
+            quantized_names |= {f"{module}.{name}" for name in scheme.ignored}
+        rest = [name for name in files if name not in quantized_names]
         _check_rest(rest, files, scheme, modules)
         if not modules:
             raise ValueError(

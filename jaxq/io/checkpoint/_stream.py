@@ -124,14 +124,14 @@ def quantize_checkpoint(
         settings: dict[str, WeightSettings] = {}
         for name, group in zip(names, groups, strict=True):
             own_steps = [by_name[parameter] for parameter in group]
-            found = job.finished(name)
-            if found is None:
+            finished = job.finished(name)
+            if finished is None:
                 written = _write_shard(
                     out / name, checkpoint, own_steps, kind, convert, line
                 )
                 job.add(name, settings=_as_json(written))
             else:
-                written = _from_json(found["settings"])
+                written = _from_json(finished["settings"])
                 line.skip(sum(step.num_bytes for step in own_steps))
             settings |= written
         line.end()
