@@ -46,7 +46,8 @@ def as_one_step(
     Returns:
       `compute(*args)`.
     """
-    if codes.size == 0 or not jax.sharding.get_abstract_mesh().empty:
+    is_on_mesh = not jax.typeof(codes).sharding.mesh.empty
+    if codes.size == 0 or is_on_mesh or not jax.sharding.get_abstract_mesh().empty:
         return compute(*args)
     condition = always_true_p.bind(codes)
     if not isinstance(condition, Tracer):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxq import kernels
@@ -26,6 +27,7 @@ from jaxq.meshes import (
 from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first, broadcastable
 from jaxq.ops._facts import ArrayFacts, activation_facts, activation_problem
 from jaxq.ops._on_parts import call_on_parts
+from jaxq.ops._tangents import checkpointed_tangent
 from jaxq.qtensor import (
     QTensor,
     QuantSpec,
@@ -47,12 +49,14 @@ class ActivationAxes:
       num_batch: the number of leading batch axes after this permutation.
       range_axes: the axes of the weight's `input_range` in the order of the product's
         batch axes.
+      mapped: the mesh axes over which `jax.vmap` maps. None finds them.
     """
 
     order: tuple[int, ...]
     contracting: tuple[int, ...]
     num_batch: int = 0
     range_axes: tuple[int, ...] = ()
+    mapped: tuple[str, ...] | None = None
 
 
 def activation_axes(
@@ -92,20 +96,22 @@ def multiply_quantized(
       axes: roles of the axes of `x`.
       codes_product: multiplies the quantized activation (axes in `axes.order`) by the
         weight.
-      float_product: multiplies `x` itself by the weight. The gradient is the gradient
-        of this function, except where a static range clips.
+      float_product: multiplies `x` itself by the weight. The derivative is that of
+        this function, except where a static range clips.
       is_convolution: tells policies of `jax.checkpoint` that this is no dot product.
 
     Returns:
       The result of `codes_product`.
     """
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def quantized(x: jax.Array, weight: QTensor) -> jax.Array:
         activation = quantize_activation(x, weight, axes)
         return codes_product(activation, weight.with_activation(None))
 
-    def forward(x: jax.Array, weight: QTensor):
+    def derivative(primals: tuple[jax.Array, QTensor], tangents: tuple):
+        x, weight = primals
+        x_dot, weight_dot = tangents
         has_batch = is_convolution or axes.num_batch > 0
         num_terms = math.prod(x.shape[axes.order[axis]] for axis in axes.contracting)
         if is_convolution:
@@ -113,15 +119,21 @@ def multiply_quantized(
         y = kernels.mark_product(
             quantized(x, weight), has_batch=has_batch, num_terms=num_terms
         )
-        return y, (x, weight)
+        terms = []
+        if not isinstance(x_dot, SymbolicZero):
+            # The product is linear in `x`.
+            x_dot = _without_clipped(x_dot, x, weight, axes)
+            terms.append(float_product(x_dot, weight.with_activation(None)))
+        of_weight = checkpointed_tangent(
+            lambda weight: float_product(x, weight.with_activation(None)),
+            (weight,),
+            (weight_dot,),
+        )
+        if of_weight is not None:
+            terms.append(of_weight)
+        return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
-    def backward(saved: tuple[jax.Array, QTensor], dy: jax.Array):
-        x, weight = saved
-        _, pull_back = jax.vjp(float_product, x, weight.with_activation(None))
-        dx, dweight = pull_back(dy)
-        return _pass_through(dx, dweight, x, weight, axes)
-
-    quantized.defvjp(forward, backward)
+    quantized.defjvp(derivative, symbolic_zeros=True)
     return quantized(x, weight)
 
 
@@ -183,7 +195,10 @@ def _quantize_parts(
         # A QTensor would have the geometry of the part.
         return jax.tree.leaves(_quantize(x, spec, None, axes))
 
-    leaves = call_on_parts(quantize_part, mesh, (PartitionSpec(*names),), leaf_list, x)
+    in_specs = (PartitionSpec(*names),)
+    leaves = call_on_parts(
+        quantize_part, mesh, in_specs, leaf_list, x, mapped=axes.mapped
+    )
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -225,44 +240,26 @@ def _quantize_in_xla(
     )
 
 
-def _pass_through(
-    dx: jax.Array,
-    dweight: QTensor,
-    x: jax.Array,
-    weight: QTensor,
-    axes: ActivationAxes,
-) -> tuple[jax.Array, QTensor]:
-    """Turns the gradients of the float product into those of the quantized product.
-
-    Args:
-      dx: gradient of the float product with respect to `x`.
-      dweight: gradient of the float product with respect to the weight without its
-        activation spec.
-      x: the activation before it is quantized.
-      weight: the weight with its activation spec.
-      axes: roles of the axes of `x`.
-
-    Returns:
-      Gradients of `x` and of `weight`. The gradient of the static range is zero.
-    """
+def _without_clipped(
+    x_dot: jax.Array, x: jax.Array, weight: QTensor, axes: ActivationAxes
+) -> jax.Array:
+    """The tangent of `x`, zero where a static range clips `x`."""
     if weight.input_range is None:
-        return dx, dataclasses.replace(dweight, meta=weight.meta)
+        return x_dot
     batch, spec = axes.order[: axes.num_batch], weight.meta.activation
 
-    def without_clipped(
-        dx: jax.Array, x: jax.Array, input_range: jax.Array
+    def keep_unclipped(
+        x_dot: jax.Array, x: jax.Array, input_range: jax.Array
     ) -> jax.Array:
         low, high = (
             broadcastable(end, batch, x.ndim)
             for end in range_ends(input_range, axes.range_axes)
         )
         low, high = with_margin(low, high, spec)
-        return jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))
+        return jnp.where((low <= x) & (x <= high), x_dot, jnp.zeros((), x_dot.dtype))
 
     x_spec = PartitionSpec(*explicit_spec(x))
-    dx = call_on_auto_axes(without_clipped, x_spec, dx, x, weight.input_range)
-    no_gradient = jnp.zeros_like(weight.input_range)
-    return dx, dataclasses.replace(dweight, meta=weight.meta, input_range=no_gradient)
+    return call_on_auto_axes(keep_unclipped, x_spec, x_dot, x, weight.input_range)
 
 
 def range_ends(

@@ -7,6 +7,7 @@ axes, n free axes of the weight.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from jaxq.ops._dimension_numbers import (
     nonnegative,
 )
 from jaxq.ops._input_scale import scale_operand, scale_over_mesh
-from jaxq.ops._on_parts import call_on_parts
+from jaxq.ops._on_parts import call_on_parts, mapped_axes
 from jaxq.ops._operands import (
     Operand,
     as_operands,
@@ -141,6 +142,9 @@ def dot_general(
             out_sharding=out_sharding,
         )
         return y.astype(out_dtype)
+    mesh = all_explicit_mesh((left, right))
+    if mesh is not None:
+        plan = dataclasses.replace(plan, mapped=mapped_axes(mesh))
     y = _multiply_over_mesh(
         plan, plan.before, left, right, nonnegative(left, right, dims)
     )
@@ -231,7 +235,7 @@ def _multiply_over_mesh(
     Preparations are carried out on the whole operands. Then each device multiplies its
     parts. XLA partitions the product and its preparations instead if the mesh has axes
     of other types too. XLA partitions the product if a part would cut blocks of the
-    weight.
+    weight, or if `jax.vmap` maps over all axes of the mesh.
 
     Args:
       plan: the plan of the whole product.
@@ -247,7 +251,7 @@ def _multiply_over_mesh(
     mesh = all_explicit_mesh((lhs, rhs))
     if mesh is not None and steps:
         return _multiply(plan, steps, lhs, rhs, dims=dims)
-    if mesh is not None:
+    if mesh is not None and len(plan.mapped) < len(mesh.axis_names):
         layout = part_layout(lhs, rhs, dims, axis_names, mesh)
         if layout is not None:
             return _multiply_parts(lhs, rhs, plan, dims, layout, mesh)
@@ -278,7 +282,9 @@ def _multiply_parts(
             _multiply, plan, (), dims=dims, summed=layout.summed
         )
         in_specs = layout.in_specs(lhs, rhs)
-        return call_on_parts(multiply, mesh, in_specs, layout.out, lhs, rhs)
+        return call_on_parts(
+            multiply, mesh, in_specs, layout.out, lhs, rhs, mapped=plan.mapped
+        )
 
     gathers = [
         gathers_codes(operand, _axes_of(operand), spec)
@@ -374,6 +380,7 @@ def _multiply_activation(
     if swapped:
         quantized_dims = mirrored(quantized_dims)  # the activation is on the left
     axes = activation_axes(x.ndim, dims, swapped=swapped)
+    axes = dataclasses.replace(axes, mapped=plan.mapped)
 
     def codes_product(activation: QTensor, weight: QTensor) -> jax.Array:
         y = _multiply_over_mesh(plan, steps, activation, weight, quantized_dims)
@@ -382,6 +389,7 @@ def _multiply_activation(
     def float_product(x: jax.Array, weight: QTensor) -> jax.Array:
         sides = (weight, x) if swapped else (x, weight)
         float_plan = plan.outlier_product or plan_dot(*sides, dims)
+        float_plan = dataclasses.replace(float_plan, mapped=plan.mapped)
         return _multiply_over_mesh(float_plan, float_plan.before, *sides, dims)
 
     if plan.outliers is None:

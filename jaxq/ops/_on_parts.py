@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,12 @@ from jaxq.meshes import names_in
 
 
 def call_on_parts(
-    fn: Callable[..., Any], mesh: Any, in_specs: tuple, out_specs: Any, *args: Any
+    fn: Callable[..., Any],
+    mesh: Any,
+    in_specs: tuple,
+    out_specs: Any,
+    *args: Any,
+    mapped: Sequence[str] | None = None,
 ) -> Any:
     """`fn` of the parts of each device, in `jax.shard_map`.
 
@@ -25,11 +30,17 @@ def call_on_parts(
       in_specs: for each argument, the PartitionSpec of each leaf.
       out_specs: the PartitionSpecs of the results.
       *args: pytrees of arrays.
+      mapped: the mesh axes over which `jax.vmap` maps, from `mapped_axes`. None finds
+        them. A derivative may be traced after `jax.vmap` has returned. It must give
+        those of the function that it belongs to.
 
     Raises:
       ValueError: the parts are shards over a mesh axis over which `jax.vmap` maps.
     """
-    call = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    axis_names = set() if mapped is None else set(mesh.axis_names) - set(mapped)
+    call = jax.shard_map(
+        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axis_names
+    )
     try:
         args = jax.tree.map(
             lambda leaf, spec: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)),
@@ -46,7 +57,7 @@ def _check_mapped_axes(mesh: Any, in_specs: tuple, error: ValueError) -> None:
     """Raises an error that names the mesh axes if `jax.vmap` maps over them."""
     entries = [entry for spec in jax.tree.leaves(in_specs) for entry in spec]
     used = {name for entry in entries for name in names_in(entry)}
-    mapped = sorted(used & _mapped_axes(mesh))
+    mapped = sorted(used & set(mapped_axes(mesh)))
     if mapped:
         raise ValueError(
             f"an operand is sharded over the mesh axes {mapped}, and jax.vmap maps "
@@ -55,7 +66,7 @@ def _check_mapped_axes(mesh: Any, in_specs: tuple, error: ValueError) -> None:
         ) from error
 
 
-def _mapped_axes(mesh: Any) -> set[str]:
+def mapped_axes(mesh: Any) -> tuple[str, ...]:
     """The mesh axes over which `jax.vmap` maps. `jax.shard_map` leaves them out."""
     manual: list[str] = []
 
@@ -64,4 +75,4 @@ def _mapped_axes(mesh: Any) -> set[str]:
         return ()
 
     jax.eval_shape(jax.shard_map(record, mesh=mesh, in_specs=(), out_specs=()))
-    return set(mesh.axis_names) - set(manual)
+    return tuple(name for name in mesh.axis_names if name not in manual)

@@ -84,6 +84,8 @@ class Plan:
         devices before the product.
       summed: mesh axes over which the products of the parts are summed, by an
         all-reduce of `result`.
+      mapped: mesh axes over which `jax.vmap` maps. Their devices multiply parts of
+        other elements of the map.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -112,6 +114,7 @@ class Plan:
     part: str | None = None
     gathered: tuple[str, ...] = ()
     summed: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self._product() + self._on_devices()

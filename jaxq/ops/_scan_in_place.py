@@ -25,6 +25,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import zero_from_primal
 from jax.sharding import PartitionSpec
 
 from jaxq import jaxprs, kernels
@@ -40,8 +41,8 @@ _VARYING = ("pcast", "pvary")
 _RESHAPES = ("broadcast_in_dim", "reshape", "reshard", "slice", "squeeze", *_VARYING)
 # Calls whose operands are the inputs of their function.
 _PLAIN_CALLS = (
-    *("checkpoint", "closed_call", "core_call", "custom_vjp_call", "jit"),
-    *("pjit", "remat2"),
+    *("checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"),
+    *("jit", "pjit", "remat2"),
 )
 
 
@@ -451,6 +452,31 @@ def _scan(equation: Any, operands: list, sliced: frozenset[int]) -> Sequence:
     return _CALLS["scan"](evaluate, equation, operands)
 
 
+def _custom_jvp_call(evaluate: jaxprs.Evaluate, equation: Any, args: list) -> Sequence:
+    """A call with its own derivative rule. The derivative calls that rule.
+
+    Codes have no tangents. The rule gets copies of them.
+    """
+
+    @jax.custom_jvp
+    def call(*args):
+        return evaluate(equation.params["call_jaxpr"], args)
+
+    @call.defjvp
+    def derivative(args, tangents):
+        def original(*args):
+            return list(jaxprs.bind(equation, args))
+
+        copies = tuple(map(_copy, args))
+        tangents = tuple(
+            zero_from_primal(copy) if isinstance(arg, _Slice) else tangent
+            for arg, copy, tangent in zip(args, copies, tangents, strict=True)
+        )
+        return call(*args), jax.jvp(original, copies, tangents)[1]
+
+    return call(*args)
+
+
 def _custom_vjp_call(evaluate: jaxprs.Evaluate, equation: Any, args: list) -> Sequence:
     """A call with its own derivative rule. The backward pass calls that rule.
 
@@ -481,5 +507,6 @@ def _custom_vjp_call(evaluate: jaxprs.Evaluate, equation: Any, args: list) -> Se
 
 _CALLS: dict[str, jaxprs.Call] = {
     **jaxprs.CALLS,
+    "custom_jvp_call": _custom_jvp_call,
     "custom_vjp_call": _custom_vjp_call,
 }

@@ -21,6 +21,7 @@ import numpy as np
 from jaxq import kernels
 from jaxq.ops._activations import ActivationAxes, range_ends
 from jaxq.ops._outlier_columns import split_outlier_columns
+from jaxq.ops._tangents import checkpointed_tangent
 from jaxq.qtensor import QUANTIZED, TrainedWeight, fake_quant, range_options
 
 # `multiply(x, weight)` multiplies by a QTensor, or by an array of the same values.
@@ -73,7 +74,7 @@ def multiply_trained(
     def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
         # The backward pass computes the quantized values again. So the forward pass
         # keeps only `x` and `weight`.
-        tangent = _checkpointed_tangent(smooth_product, primals, tangents)
+        tangent = checkpointed_tangent(smooth_product, primals, tangents)
         y, weight = product(*primals), primals[1]
         if has_batch is not None:
             num_terms = weight.meta.geometry.contracted_size
@@ -93,43 +94,6 @@ def multiply_trained(
         return multiply(fake_x, values)
 
     return product(x, weight)
-
-
-def _checkpointed_tangent(
-    function: Callable[..., jax.Array], primals: Any, tangents: Any
-) -> jax.Array | None:
-    """The tangent of `function(*primals)`, computed inside `jax.checkpoint`.
-
-    A policy of an outer `jax.checkpoint` may save all dot products. So this computes
-    only products that a tangent needs: neither the value of the function nor a product
-    with a tangent that is zero.
-
-    Args:
-      function: of arrays.
-      primals: the arguments.
-      tangents: `SymbolicZero` in place of a tangent that is zero.
-
-    Returns:
-      The tangent, or None if all tangents are zero.
-    """
-    leaves, structure = jax.tree.flatten(primals)
-    moved = {
-        position: tangent
-        for position, tangent in enumerate(jax.tree.leaves(tangents))
-        if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-        and tangent.dtype != jax.dtypes.float0  # of an integer
-    }
-    if not moved:
-        return None
-
-    def tangent_of(leaves: list[Any], moved: dict[int, jax.Array]) -> jax.Array:
-        def of_moved(values: dict[int, Any]) -> jax.Array:
-            filled = [values.get(i, leaf) for i, leaf in enumerate(leaves)]
-            return function(*jax.tree.unflatten(structure, filled))
-
-        return jax.jvp(of_moved, ({i: leaves[i] for i in moved},), (moved,))[1]
-
-    return jax.checkpoint(tangent_of, prevent_cse=False)(leaves, moved)
 
 
 def _is_on(weight: TrainedWeight) -> jax.Array:

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxq
-from jaxq import PerTensor, QuantSpec
+from jaxq import PerTensor, QuantSpec, sharding
 from jaxq.ops import plan_conv
 from tests import tables
 from tests.arrays import normal_with_outliers
@@ -311,3 +313,29 @@ def test_operands_that_do_not_fit():
             dimension_numbers=NUMBERS[1],
             preferred_element_type=jnp.float32,
         )
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+def test_a_convolution_mapped_over_a_mesh_axis(activation):
+    images, kernel = (
+        normal_with_outliers(4, 2, 6, 6, 8),
+        normal_with_outliers(3, 3, 8, 16, seed=2),
+    )
+    qk = jaxq.quantize(kernel, "int8", contracting=(0, 1, 2))
+    qk = qk.with_activation(activation)
+
+    def gradient(images, qk):
+        def convolve(x):
+            return jaxq.ops.conv_general_dilated(
+                x, qk, (1, 1), "SAME", dimension_numbers=NUMBERS[2]
+            )
+
+        return jax.grad(lambda x: jnp.sum(jax.vmap(convolve)(x)))(images)
+
+    expected = np.asarray(jax.jit(gradient)(images, qk))
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
+    images = jax.device_put(images, NamedSharding(mesh, P("d")))
+    qk = sharding.place(qk, mesh, P(None, None, None, "t"))
+    dx = jax.jit(gradient)(images, qk)
+    assert dx.sharding.spec[0] == "d"
+    np.testing.assert_allclose(np.asarray(dx), expected, rtol=1e-5, atol=1e-4)

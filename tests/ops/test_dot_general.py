@@ -1,5 +1,6 @@
 """Every preset in every place of a product, against a float64 product."""
 
+import dataclasses
 import functools
 
 import jax
@@ -374,3 +375,42 @@ def test_without_jit(activation):
     with jax.disable_jit():
         y = x @ qt
     np.testing.assert_allclose(y, x @ qt, rtol=1e-5, atol=1e-4)
+
+
+FORWARD = {
+    "dynamic": lambda qt: qt.with_activation("int8"),
+    "static": lambda qt: qt.with_activation("int8", bounds=(-0.5, 0.5)),
+    "outliers": lambda qt: qt.with_activation("int8", outliers=1.5),
+    "asymmetric": lambda qt: qt.with_activation("uint8"),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_quantized_activations_have_forward_derivatives(name):
+    """The tangent is that of the float product. Clipped numbers have none."""
+    qt = FORWARD[name](jaxq.quantize(normal_with_outliers(64, 16), "int8"))
+    x, x_dot = normal_with_outliers(4, 64), normal_with_outliers(4, 64, seed=3)
+    y, y_dot = jax.jvp(jax.jit(lambda x: x @ qt), (x,), (x_dot,))
+    np.testing.assert_array_equal(y, jax.jit(lambda x: x @ qt)(x))
+    kept = np.asarray(x_dot, np.float64)
+    if name == "static":
+        # A number up to half a step beyond the range is rounded, not clipped.
+        kept = kept * (np.abs(x) <= 0.5 + 0.25 / 127)
+    expected = kept @ np.asarray(jaxq.dequantize(qt), np.float64)
+    np.testing.assert_allclose(y_dot, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tangent_of_a_scale_with_quantized_activations():
+    """The product is linear in the scales of the weight."""
+    qt = jaxq.quantize(normal_with_outliers(64, 16), "int8").with_activation("int8")
+    x = normal_with_outliers(4, 64)
+
+    def product(scale):
+        return x @ dataclasses.replace(qt, scale=scale)
+
+    _, y_dot = jax.jvp(jax.jit(product), (qt.scale,), (qt.scale,))
+    expected = np.asarray(x, np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
+    np.testing.assert_allclose(y_dot, expected, rtol=1e-4, atol=1e-4)
+    gradient = jax.jit(jax.grad(lambda scale: product(scale).sum()))(qt.scale)
+    total = float(jnp.sum(gradient * qt.scale))
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)

@@ -92,14 +92,26 @@ def test_parts_give_the_product_of_one_device(name, where):
     np.testing.assert_allclose(np.asarray(dx), expected_dx, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("activation", [None, "int8"])
-def test_gradients_of_mapped_products(activation):
+MAPPED = {
+    "weight only": lambda qt: qt,
+    "int8": lambda qt: qt.with_activation("int8"),
+    "static": lambda qt: qt.with_activation("int8", bounds=(-8.0, 8.0)),
+    "outliers": lambda qt: qt.with_activation("int8", outliers=2.5),
+    "input scale": lambda qt: qt.with_input_scale(jnp.ones(64)).with_activation("int8"),
+}
+
+
+@pytest.mark.parametrize("axes", [("d", "t"), ("d",)])
+@pytest.mark.parametrize("name", MAPPED)
+def test_gradients_of_mapped_products(name, axes):
     """The mapped axis of x is sharded, so `vmap` maps over a mesh axis."""
     qt, x = jaxq.quantize(normal(64, 32), "int8"), normal(4, 8, 64, seed=3)
     weight = np.asarray(jaxq.dequantize(qt), np.float64)
     expected = np.broadcast_to(weight.sum(1), x.shape)
-    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
-    qt = sharding.place(qt.with_activation(activation), mesh, P(None, "t"))
+    types = (AxisType.Explicit,) * len(axes)
+    mesh = jax.make_mesh((2,) * len(axes), axes, axis_types=types)
+    columns = P(None, "t") if "t" in axes else P()
+    qt = sharding.place(MAPPED[name](qt), mesh, columns)
     x = jax.device_put(x, NamedSharding(mesh, P("d")))
 
     def of_each(x, qt):
@@ -108,7 +120,17 @@ def test_gradients_of_mapped_products(activation):
     def of_all(x, qt):
         return jax.grad(lambda x: jax.vmap(lambda x: x @ qt)(x).sum())(x)
 
-    for gradient in (of_each, of_all):
+    def of_a_scan(x, qt):
+        # jax differentiates the step after `vmap` has returned.
+        def loss(x):
+            def step(total, share):
+                return total + jax.vmap(lambda x: (share * x) @ qt)(x).sum(), None
+
+            return jax.lax.scan(step, jnp.zeros(()), jnp.array([0.25, 0.75]))[0]
+
+        return jax.grad(loss)(x)
+
+    for gradient in (of_each, of_all, of_a_scan):
         dx = jax.jit(gradient)(x, qt)
         assert dx.sharding.spec[0] == "d"
         np.testing.assert_allclose(np.asarray(dx), expected, rtol=0, atol=1e-4)
