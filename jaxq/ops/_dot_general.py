@@ -389,7 +389,8 @@ def _multiply_activation(
     def float_product(x: jax.Array, weight: QTensor) -> jax.Array:
         sides = (weight, x) if swapped else (x, weight)
         float_plan = plan.outlier_product or plan_dot(*sides, dims)
-        float_plan = dataclasses.replace(float_plan, mapped=plan.mapped)
+        if plan.mapped:
+            float_plan = dataclasses.replace(float_plan, mapped=plan.mapped)
         return _multiply_over_mesh(float_plan, float_plan.before, *sides, dims)
 
     if plan.outliers is None:

@@ -114,7 +114,9 @@ class Parameter(NamedTuple):
                 self._check_small(tensor, caller)
                 constants[name] = tensor.read()
             else:
-                shapes[name] = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+                # jax warns if it must narrow 64 bits itself while it traces.
+                dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
+                shapes[name] = jax.ShapeDtypeStruct(tensor.shape, dtype)
         key = (
             self.layout.name,
             json.dumps(self.settings, sort_keys=True, default=repr),
