@@ -172,7 +172,9 @@ def test_adapters_of_another_model(tmp_path):
         training.load_lora(tmp_path / "other", small)
 
 
-# PEFT itself.
+# PEFT itself. It reads attributes that transformers has deprecated.
+
+DEPRECATED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 
 
 @pytest.fixture
@@ -201,6 +203,7 @@ def logits_of(model):
         return model(torch.tensor(np.asarray(TOKENS, np.int64))).logits.numpy()
 
 
+@DEPRECATED
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
 def test_peft_reads_our_files(peft, tmp_path, options):
     model = llama()
@@ -214,6 +217,7 @@ def test_peft_reads_our_files(peft, tmp_path, options):
     np.testing.assert_allclose(lora(TOKENS), after, atol=2e-4)
 
 
+@DEPRECATED
 @pytest.mark.parametrize("dora", [False, True])
 def test_we_read_files_of_peft(peft, tmp_path, dora):
     import torch

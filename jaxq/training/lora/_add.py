@@ -106,7 +106,7 @@ def add_lora(
       >>> optimizer = nnx.Optimizer(lora, optax.adam(1e-3), wrt=nnx.LoRAParam)
       >>> loss = lambda lora: jnp.mean((lora(x) - 1) ** 2)
       >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(lora)
-      >>> optimizer.update(lora, grads)
+      >>> changes = optimizer.update(lora, grads)
 
     References:
       Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2022.
