@@ -456,7 +456,8 @@ def _scan(
     """Runs stacked layers one after another.
 
     Layers are only read, so this is a plain scan over their state. It also works inside
-    another loop.
+    another loop. The exception are random streams from which a layer draws (dropout of
+    adapters, stochastic rounding): their counters advance.
     """
     graphdef, state = nnx.split(layers)
     are_equal = len(set(switches)) == 1
@@ -468,6 +469,15 @@ def _scan(
     def step(x, sliced):
         layer_state, cache, layer_switches = sliced
         own = switches[0] if are_equal else layer_switches
-        return nnx.merge(graphdef, layer_state)(x, place, cache, own)
+        layer = nnx.merge(graphdef, layer_state)
+        before = jax.tree.leaves(nnx.state(layer, nnx.RngCount))
+        x, cache = layer(x, place, cache, own)
+        counts = nnx.state(layer, nnx.RngCount)
+        after = jax.tree.leaves(counts)
+        is_drawn = any(a is not b for a, b in zip(after, before, strict=True))
+        return x, (cache, counts if is_drawn else None)
 
-    return jax.lax.scan(step, x, (state, caches, arrays))
+    x, (caches, counts) = jax.lax.scan(step, x, (state, caches, arrays))
+    if counts is not None:
+        nnx.update(layers, counts)
+    return x, caches

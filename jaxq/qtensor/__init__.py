@@ -7,7 +7,7 @@
 
 from jaxq.qtensor._bounds import inside_range, range_options, with_margin
 from jaxq.qtensor._dequantize import decode_blocks, dequantize, scale_values
-from jaxq.qtensor._fake_quant import fake_quant
+from jaxq.qtensor._fake_quant import fake_quant, quantize_computed
 from jaxq.qtensor._fake_range import RANGE_GRADIENTS, RangeGradient
 from jaxq.qtensor._geometry import ErrorContext, Geometry, describe, resolve
 from jaxq.qtensor._granularity import (
@@ -69,7 +69,7 @@ from jaxq.qtensor._trained_weight import (
 # as_spec, as_static, axes_of_array, check_floats, check_key, check_leaves,
 # decode_blocks, describe, divisible, find_cuts, inside_range, is_nnx_module,
 # is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, leaf_dtypes,
-# leaf_specs, mesh_axes, num_shards, quantize_array, quantized_like,
+# leaf_specs, mesh_axes, num_shards, quantize_array, quantize_computed, quantized_like,
 # raise_if_not_finite, range_options, register_matmul, resolve, row_codes,
 # row_quotients, row_scale, shard_like, sharded_storage, storage_axes, with_margin,
 # without_gradient and without_padding.

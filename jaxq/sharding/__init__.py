@@ -28,6 +28,8 @@ from jaxq.sharding._all_gather import all_gather
 from jaxq.sharding._entries import WEIGHT_SHARDING as WEIGHT_SHARDING
 from jaxq.sharding._entries import WEIGHT_SHARDING_RULES as WEIGHT_SHARDING_RULES
 from jaxq.sharding._entries import is_box as is_box
+from jaxq.sharding._entries import named_sharding as named_sharding
+from jaxq.sharding._entries import present_spec as present_spec
 from jaxq.sharding._entries import value_in_box as value_in_box
 from jaxq.sharding._fit_to_shards import fit_to_shards
 from jaxq.sharding._gradients import init_error, mean_gradients

@@ -22,23 +22,39 @@ from jaxq.training._precision_recipe import (
 from jaxq.training._prepare import prepare
 from jaxq.training._ranges import Ranges, ema, lsq, pact
 from jaxq.training._schedule import Schedule
+from jaxq.training.lora import (
+    ErrorStart,
+    add_lora,
+    load_lora,
+    loftq,
+    lqer,
+    merge_lora,
+    save_lora,
+)
 
 __all__ = [
     "AmaxHistory",
     "DelayedScaling",
+    "ErrorStart",
     "LowPrecision",
     "ProductSpec",
     "Ranges",
     "Schedule",
+    "add_lora",
     "check",
     "convert",
     "dot_general",
     "ema",
     "labels",
     "linen",
+    "load_lora",
+    "loftq",
     "low_precision",
     "low_precision_recipes",
+    "lqer",
     "lsq",
+    "merge_lora",
     "pact",
     "prepare",
+    "save_lora",
 ]

@@ -46,9 +46,14 @@ from jaxq.nn.layers._nnx_einsum import QEinsum
 from jaxq.nn.layers._nnx_embed import QEmbed
 from jaxq.nn.layers._nnx_linear import QLinear, QLinearGeneral
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors, accept_qtensors
+from jaxq.nn.layers._promotion import (
+    PromoteQTensors,
+    accept_arrays,
+    accept_qtensors,
+)
 from jaxq.nn.layers._quantized_param import (
     QuantizedParam,
+    float_param,
     quantized_param,
     replace_variables,
 )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
+from jaxq.nn.layers._input_transform import TransformInput
 from jaxq.nn.layers._quantized_param import FLOAT_STATE, QuantizedParam
 from jaxq.nn.layers._trained_param import TrainedParam
 from jaxq.nn.layers._weight_marks import changed_weights, mark
@@ -68,6 +69,21 @@ def accept_qtensors(layer: Any, name: str) -> None:
     """
     is_quantized = isinstance(getattr(layer, name), QuantizedParam | TrainedParam)
     layer.promote_dtype = PromoteQTensors(layer.promote_dtype, is_quantized)
+
+
+def accept_arrays(layer: Any) -> None:
+    """Gives an nnx layer back the `promote_dtype` that it had with floats, in place."""
+    hook = getattr(layer, "promote_dtype", None)
+    if hook is not None:
+        layer.promote_dtype = _without_qtensors(hook)
+
+
+def _without_qtensors(hook: Any) -> Any:
+    if isinstance(hook, PromoteQTensors):
+        return _without_qtensors(hook.original)
+    if isinstance(hook, TransformInput):
+        return dataclasses.replace(hook, original=_without_qtensors(hook.original))
+    return hook
 
 
 def promotion_problem(layer: Any, name: str, shape: tuple[int, ...]) -> str | None:

@@ -83,6 +83,25 @@ def quantized_param(weight: QTensor, variable: nnx.Variable) -> QuantizedParam:
     return QuantizedParam(weight, **{k: v for k, v in kept.items() if v})
 
 
+def float_param(weight: jax.Array, variable: nnx.Variable) -> nnx.Variable:
+    """A float variable in the place of a `QuantizedParam`, with its mesh axes.
+
+    Args:
+      weight: the floats.
+      variable: a `QuantizedParam`. A float variable in its place keeps its type.
+    """
+    if not isinstance(variable, QuantizedParam):
+        return variable.replace(weight)
+    metadata = variable.get_metadata()
+    kept = {
+        "out_sharding": metadata.get(WEIGHT_SHARDING),
+        "sharding_rules": metadata.get(WEIGHT_SHARDING_RULES),
+    }
+    kept = {name: value for name, value in kept.items() if value}
+    # Flax would move the weight, and needs a mesh context for that.
+    return nnx.Param(weight, eager_sharding=False, **kept)
+
+
 def replace_variables(model: nnx.Module, replaced: Mapping[int, Any]) -> None:
     """Replaces variables everywhere in a model, so that shared variables stay shared.
 

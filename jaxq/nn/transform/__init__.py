@@ -27,6 +27,7 @@ from jaxq.nn.transform._nnx_layers import (
     find_layers,
     find_raw_arrays,
     find_variables,
+    normalized_layers,
 )
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import register_rotation
