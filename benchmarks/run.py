@@ -66,7 +66,6 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
     # The process returns freed memory immediately, so that resident memory is memory in
     # use.
     "memory": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
-    "stream": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
     # Otherwise new pages take a part of every training step.
     "training": KEEP_FREED_MEMORY,
 }

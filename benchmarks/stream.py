@@ -3,27 +3,37 @@
 A synthetic checkpoint of bfloat16 matrices in shards is quantized to int4 in groups of
 128 by `jaxq.io.quantize_checkpoint`. Eager torch does the same shard by shard: it loads
 a shard with safetensors, rounds each weight, packs it to int32 and saves the shard.
-Both read and write the same disk in turns. GB/s counts bytes of the source.
+Both read and write the same disk, in turns. GB/s counts bytes of the source, and the
+ratio is that of the medians. The target is 1.5. Only jaxq waits until the disk has the
+bytes (fsync), and writes checksums.
 
 The peak is the largest resident set of the process while the call runs (VmHWM), less
 what was resident before, in units of the largest weight. The target is 4, and a
-constant. A process is also killed with SIGKILL at random moments, and started again
-each time. Then the files must be those of a run that was not killed.
+constant. A process is also killed with SIGKILL at random moments after its start, and
+started again each time. If it ends before it is killed, another one begins from
+nothing. All files must be those of a run that was not killed.
 
-    python benchmarks/stream.py 10        # GB of the source; the subject takes 1
+    python benchmarks/stream.py 0.2       # GB of the source; the subject takes 10
+
+The temporary folder (TMPDIR) needs twice the size of the source. Ctrl-C or SIGTERM
+stops the measurement and removes all files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +44,41 @@ SIZE = 4096  # each weight is [SIZE, SIZE], 32 MiB
 SHARD_BYTES = 10**9  # of the source
 OUT_SHARD_BYTES = 10**8  # so much of the source can be lost by a kill
 GROUP = 128
+ROUNDS = 3
 KILLS = 20
-DEFAULT_GB = 1.0
+# A kill comes within this part of the time of a whole run.
+KILL_WITHIN = 0.25
+DEFAULT_GB = 10.0
+DISK = 2.0  # bytes of the folder for each byte of the source
+# The process returns freed memory immediately, so that resident memory is memory in
+# use. These are settings of glibc's malloc.
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "262144",
+    "MALLOC_TRIM_THRESHOLD_": "262144",
+}
 _MISSING = "torch and safetensors"
+_BEGINS = "begins"
 
 
 def run(size_gb: float = DEFAULT_GB) -> dict[str, Any]:
     """Measures jaxq and torch on one checkpoint, and kills jaxq `KILLS` times."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
+        _check_disk(Path(folder), size_gb)
+        source, whole = Path(folder) / "source", Path(folder) / "whole"
+        _show(f"writes {size_gb:g} GB")
         num_bytes = _write_source(source, size_gb)
-        rows, missing = [], []
-        for number in range(3):
-            for name in ("jaxq", "torch"):
-                out = Path(folder) / f"{name}{number}"
-                row = _once(name, source, out)
-                if row is None:
-                    missing = [_MISSING]
-                    continue
-                rows.append(
-                    {"by": name, "gb_per_s": num_bytes / 1e9 / row["seconds"], **row}
-                )
-        same, kills = _killed(source, Path(folder) / "killed", Path(folder) / "jaxq0")
+        rows, missing = _measured(source, num_bytes, Path(folder), whole)
+        seconds = [row["seconds"] for row in rows if row["by"] == "jaxq"]
+        limit = KILL_WITHIN * statistics.median(seconds)
+        same, kills, ends = _killed(source, Path(folder) / "killed", whole, limit)
     return {
         "subject": "stream",
         "gb": num_bytes / 1e9,
         "weight_mb": 2 * SIZE * SIZE / 1e6,
         "rows": rows,
         "kills": kills,
+        "ends_between_kills": ends,
         "same_files_after_kills": same,
         "missing": missing,
     }
@@ -73,8 +90,15 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         peak = f"{row['peak_weights']:.2f}"
         lines.append(f"| {row['by']} | {row['gb_per_s']:.3f} | {peak} |")
+    rates = {
+        name: [row["gb_per_s"] for row in result["rows"] if row["by"] == name]
+        for name in ("jaxq", "torch")
+    }
     same = "the same files" if result["same_files_after_kills"] else "OTHER FILES"
     lines.append("")
+    if rates["torch"]:
+        ratio = statistics.median(rates["jaxq"]) / statistics.median(rates["torch"])
+        lines.append(f"jaxq has {ratio:.2f} times the GB/s of torch (medians).")
     lines.append(
         f"{result['gb']:.2f} GB, weights of {result['weight_mb']:.1f} MB. "
         f"{result['kills']} kills, then {same}."
@@ -82,12 +106,52 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _show(text: str) -> None:
+    print(f"stream: {text}", file=sys.stderr, flush=True)
+
+
+def _check_disk(folder: Path, size_gb: float) -> None:
+    """Exits if the folder has not enough space."""
+    free, needed = shutil.disk_usage(folder).free / 1e9, DISK * size_gb
+    if free < needed:
+        sys.exit(
+            f"stream: {folder} has {free:.0f} GB, and {needed:.0f} GB are needed. Set "
+            "TMPDIR to another folder, or run stream.py with a smaller size."
+        )
+
+
+def _measured(
+    source: Path, num_bytes: int, folder: Path, whole: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each run, and what is not installed. The first result is kept."""
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for number in range(ROUNDS):
+        for name in ("jaxq", "torch"):
+            out = whole if name == "jaxq" and number == 0 else folder / "out"
+            os.sync()  # otherwise this run waits for what the last one wrote
+            row = _once(name, source, out)
+            if row is None:
+                missing = [_MISSING]
+                continue
+            rate = num_bytes / 1e9 / row["seconds"]
+            rows.append({"by": name, "gb_per_s": rate, **row})
+            _show(
+                f"{name}, round {number + 1} of {ROUNDS}: {rate:.3f} GB/s, peak of "
+                f"{row['peak_weights']:.2f} weights"
+            )
+            if out != whole:
+                shutil.rmtree(out)
+    return rows, missing
+
+
 def _write_source(path: Path, size_gb: float) -> int:
     """Writes a float checkpoint, and returns the bytes of its weights."""
     from safetensors.numpy import save_file
 
     path.mkdir()
-    rng = np.random.default_rng(0)
+    numbers = np.random.default_rng(0).standard_normal((SIZE, SIZE), np.float32)
+    weight = numbers.astype(ml_dtypes.bfloat16)
     num_weights = max(1, round(size_gb * 1e9 / (2 * SIZE * SIZE)))
     per_shard = max(1, SHARD_BYTES // (2 * SIZE * SIZE))
     files = {}
@@ -96,8 +160,8 @@ def _write_source(path: Path, size_gb: float) -> int:
         tensors = {}
         for number in range(start, min(start + per_shard, num_weights)):
             name = f"model.layers.{number}.mlp.up_proj.weight"
-            weight = rng.standard_normal((SIZE, SIZE), np.float32)
-            tensors[name] = weight.astype(ml_dtypes.bfloat16)
+            # Drawing numbers takes longer than quantizing them.
+            tensors[name] = np.roll(weight, number, axis=0)
             files[name] = file
         save_file(tensors, path / file)
     index = {"weight_map": files}
@@ -111,6 +175,7 @@ def _once(name: str, source: Path, out: Path) -> dict[str, float] | None:
     process = subprocess.run(
         [sys.executable, __file__, "--once", name, str(source), str(out)],
         stdout=subprocess.PIPE,
+        env=os.environ | ENVIRONMENT,
         check=True,
     )
     return json.loads(process.stdout.splitlines()[-1])
@@ -164,24 +229,66 @@ def _torch(source: Path, out: Path) -> None:
         save_file(tensors, out / file.name)
 
 
-def _killed(source: Path, out: Path, whole: Path) -> tuple[bool, int]:
-    """Whether the files are those of a whole run, and the number of kills."""
-    rng, kills = random.Random(0), 0
-    command = [sys.executable, __file__, "--stream", str(source), str(out)]
+def _killed(
+    source: Path, out: Path, whole: Path, limit: float
+) -> tuple[bool, int, int]:
+    """Kills a run at random moments, and starts it again.
+
+    Args:
+      source: the checkpoint.
+      out: a new folder.
+      whole: the result of a run that was not killed.
+      limit: a kill comes within so many seconds.
+
+    Returns:
+      Whether the files are those of a whole run, the number of kills, and how often a
+      run ended before it was killed.
+    """
+    rng, kills, ends, same = random.Random(0), 0, 0, True
     while kills < KILLS:
-        process = subprocess.Popen(command)
+        with _started(source, out) as process:
+            try:
+                process.wait(rng.uniform(0, limit))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                _show(f"kill {kills} of {KILLS}, {len(_weights(out))} shards so far")
+                continue
+            if process.returncode:
+                raise RuntimeError(f"a run ended with code {process.returncode}")
+        ends += 1
+        same &= _are_equal(out, whole)
+        shutil.rmtree(out)
+    with _started(source, out) as process:
+        if process.wait():
+            raise RuntimeError(f"the last run ended with code {process.returncode}")
+    return same and _are_equal(out, whole), kills, ends
+
+
+@contextlib.contextmanager
+def _started(source: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has begun to quantize. It is killed at the end of the block."""
+    command = [sys.executable, __file__, "--stream", str(source), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            process.wait(rng.uniform(3, 12))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    else:
-        subprocess.run(command, check=True)
+            assert process.stdout is not None
+            process.stdout.readline()  # `_BEGINS`, after the imports
+            yield process
+        finally:
+            process.kill()
+
+
+def _weights(out: Path) -> list[Path]:
+    return list(out.glob("model*.safetensors"))
+
+
+def _are_equal(out: Path, whole: Path) -> bool:
+    """Whether two folders have the same files with the same bytes."""
     names = sorted(os.listdir(whole))
-    same = names == sorted(os.listdir(out))
-    return same and not filecmp.cmpfiles(whole, out, names, shallow=False)[1], kills
+    if names != sorted(os.listdir(out)):
+        return False
+    _, different, unreadable = filecmp.cmpfiles(whole, out, names, shallow=False)
+    return not different and not unreadable
 
 
 def _resident(field: str) -> int:
@@ -196,6 +303,9 @@ def main() -> None:
         name, source, out = sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
         print(json.dumps(_measure(name, source, out)))
     elif sys.argv[1] == "--stream":
+        import jaxq.io  # noqa: F401
+
+        print(_BEGINS, flush=True)
         _jaxq(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         print(table(run(float(sys.argv[1]))))

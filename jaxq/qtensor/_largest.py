@@ -21,6 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 # Axes are halved until each number is the maximum of this many numbers. More halvings
 # would make a large program.
 _MAX_HALVED = 64
+# The last two numbers are left to a reduction. XLA does not repeat a reduction in each
+# fusion that reads its result, but it repeats the maxima, and then keeps a copy of x.
+_LAST = 2
 
 largest_p = Primitive("largest")
 
@@ -40,7 +43,7 @@ def _by_halves(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     halved = 1
     for axis in axes:
         size = x.shape[axis]
-        while size % 2 == 0 and size > 1 and halved < _MAX_HALVED:
+        while size % 2 == 0 and size > _LAST and halved < _MAX_HALVED:
             size, halved = size // 2, halved * 2
             first = lax.slice_in_dim(x, 0, size, axis=axis)
             second = lax.slice_in_dim(x, size, None, axis=axis)

@@ -924,3 +924,15 @@ def test_dequantize_does_not_overflow_float32():
         values = jaxq.dequantize(jaxq.quantize(x, spec))
         assert jnp.isfinite(values).all()
         assert values[3, 0] == 0
+
+
+@pytest.mark.parametrize("preset", ["nvfp4", "nf4_dq", "mxfp4"])
+def test_the_memory_beside_the_weight(preset):
+    """Scales are quantized from maxima that are computed once."""
+    w = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+    compiled = jax.jit(lambda w: jaxq.quantize(w, preset)).lower(w).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        pytest.skip("this platform does not report the memory of a program")
+    num_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    assert num_bytes < 1.6 * 2 * 1024**2
