@@ -100,6 +100,11 @@ class GgufTensor(NamedTuple):
         return _DTYPES.get(self.type, np.dtype(np.uint8))
 
     @property
+    def nbytes(self) -> int:
+        """The number of bytes of the array."""
+        return self.stop - self.start
+
+    @property
     def array_shape(self) -> tuple[int, ...]:
         """The shape of this array: blocks are bytes along the last axis."""
         return array_shape(self.type, self.shape)
@@ -149,22 +154,31 @@ class GgufFile:
     def __exit__(self, *error: Any) -> None:
         self._file.close()
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, entry: int | None = None) -> np.ndarray:
         """The array of a tensor: numbers, or the bytes of blocks.
+
+        Args:
+          name: of the tensor.
+          entry: the index along the first axis; None reads all entries.
 
         Raises:
           RefusedFile: the file was cut since it was opened.
         """
         header = self.headers[name]
-        self._file.seek(header.start)
-        data = np.empty(header.stop - header.start, np.uint8)
+        start, num_bytes, shape = header.start, header.nbytes, header.array_shape
+        if entry is not None:
+            num_bytes //= shape[0]
+            start += entry * num_bytes
+            shape = shape[1:]
+        self._file.seek(start)
+        data = np.empty(num_bytes, np.uint8)
         view = data.data
         while len(view):
             count = self._file.readinto(view)
             if not count:
                 raise self.damaged("its end is missing, so it was cut")
             view = view[count:]
-        array = data.view(header.dtype.newbyteorder("<")).reshape(header.array_shape)
+        array = data.view(header.dtype.newbyteorder("<")).reshape(shape)
         return array.astype(header.dtype, copy=False)
 
     def damaged(self, reason: str) -> RefusedFile:

@@ -102,9 +102,10 @@ def load(
             means the dtype that the model had.
         scan_layers: stack the layers and run them by one scan, see `DecoderConfig`.
         mesh: puts the parameters on this mesh of devices. Of each tensor, only the
-            parts of this process's devices are read, one by one. If the mesh has
-            devices of several processes, all of them must make this call. If one of
-            them cannot read its parts, all of them raise. The weights must be floats.
+            parts of this process's devices are read, one by one. Weights that another
+            library quantized are read whole, one by one, and then put on the mesh. If
+            the mesh has devices of several processes, all of them must make this call.
+            If one of them cannot read its parts, all of them raise.
         rules: the mesh axes of parameters by pattern, as in `jaxq.sharding.place`:
             `{"**/up_proj/kernel": PartitionSpec(None, "t"), "**": PartitionSpec()}`.
             Paths are those of the model, for example "layers/0/mlp/up_proj/kernel", or
@@ -170,12 +171,7 @@ def _load(
 ) -> tuple[Any, Any]:
     """`load` after the checks of its arguments."""
     if has_quantized_weights(path, _LOAD):
-        if mesh is not None:
-            raise ValueError(
-                f"jaxq.models.load: {path} is quantized, and mesh= is for float "
-                "checkpoints. Load it without mesh=, and call jaxq.sharding.place."
-            )
-        return _load_quantized(path, stored_dtype, scan_layers, verify)
+        return _load_quantized(path, stored_dtype, scan_layers, mesh, rules, verify)
     config_text = read_text(require_file(path, CONFIG, _LOAD), _LOAD)
     model_type, config = _parse_config(path / CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.
@@ -302,7 +298,12 @@ def save(
 
 
 def _load_quantized(
-    path: Path, dtype: np.dtype, scan_layers: bool, verify: bool
+    path: Path,
+    dtype: np.dtype,
+    scan_layers: bool,
+    mesh: Mesh | None,
+    rules: Rules,
+    verify: bool,
 ) -> tuple[Any, Any]:
     """`load` for a directory whose weights another library has quantized."""
     with read_checkpoint(path, verify=verify, caller=_LOAD) as checkpoint:
@@ -316,7 +317,8 @@ def _load_quantized(
         headers = headers_of(checkpoint)
         tensors = _checked_tensors(path, config, model_type, headers)
         model = _abstract_model(config, dtype)
-        return filled_with_quantized(model, tensors, checkpoint, dtype), tokenizer
+        model = filled_with_quantized(model, tensors, checkpoint, dtype, mesh, rules)
+        return model, tokenizer
     raise AssertionError  # the block returns or raises
 
 

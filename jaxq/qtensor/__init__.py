@@ -27,6 +27,7 @@ from jaxq.qtensor._inputs import (
     is_traced,
     raise_if_not_finite,
 )
+from jaxq.qtensor._kept_slice import kept_slice
 from jaxq.qtensor._layout import relayout, without_padding
 from jaxq.qtensor._leaf_dtypes import check_leaves, leaf_dtypes
 from jaxq.qtensor._leaf_specs import (
@@ -68,11 +69,11 @@ from jaxq.qtensor._trained_weight import (
 # ErrorContext, Meta, RangeGradient, ScaleRule, activation_problem, as_activation_spec,
 # as_spec, as_static, axes_of_array, check_floats, check_key, check_leaves,
 # decode_blocks, describe, divisible, find_cuts, inside_range, is_nnx_module,
-# is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, leaf_dtypes,
-# leaf_specs, mesh_axes, num_shards, quantize_array, quantize_computed, quantized_like,
-# raise_if_not_finite, range_options, register_matmul, resolve, row_codes,
-# row_quotients, row_scale, shard_like, sharded_storage, storage_axes, with_margin,
-# without_gradient and without_padding.
+# is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, kept_slice,
+# leaf_dtypes, leaf_specs, mesh_axes, num_shards, quantize_array, quantize_computed,
+# quantized_like, raise_if_not_finite, range_options, register_matmul, resolve,
+# row_codes, row_quotients, row_scale, shard_like, sharded_storage, storage_axes,
+# with_margin, without_gradient and without_padding.
 __all__ = [
     "Geometry",
     "Granularity",

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq import models
@@ -177,11 +179,49 @@ def test_weights_stay_quantized_in_memory(tmp_path):
     assert sum(qt.nbytes for qt in kernels) < sum(qt.size for qt in kernels) * 4.6 / 8
 
 
-def test_a_quantized_directory_on_a_mesh_is_refused(tmp_path):
+# Groups of 128 inputs are not cut.
+RULES = {
+    "**/gate_proj/kernel": P(None, "t"),
+    "**/up_proj/kernel": P(None, "t"),
+    "**/down_proj/kernel": P("t", None),
+    "embed_tokens/embedding": P(None, "d"),
+    "**": P(),
+}
+
+
+def devices():
+    shape = (jax.device_count() // 2, 2)
+    return jax.make_mesh(shape, ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("row", tables.thinned(["gptq 4", "fp8 block"], ["fp8 block"]))
+def test_a_quantized_directory_on_a_mesh(tmp_path, row):
+    write_quantized(tmp_path, make(**SIZES), row)
+    mesh = devices()
+    whole, _ = models.load(tmp_path)
+    expected = jaxq.sharding.place(whole, mesh, RULES)
+    model, _ = models.load(tmp_path, mesh=mesh, rules=RULES)
+    kernel = model.layers[0].mlp.down_proj.kernel[...]
+    assert kernel.data.sharding.spec == P(None, "t")  # stored as [out, in]
+
+    def compare(a, b):
+        assert a.dtype == b.dtype
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        np.testing.assert_array_equal(a, b)
+
+    jax.tree.map(compare, nnx.state(model), nnx.state(expected))
+    np.testing.assert_allclose(run(model, TOKENS), run(whole, TOKENS), atol=1e-4)
+
+
+def test_rules_are_checked_before_weights_are_read(tmp_path, monkeypatch):
     write_quantized(tmp_path, make(**SIZES), "gptq 4")
-    mesh = jax.make_mesh((1,), ("t",))
-    with pytest.raises(ValueError, match="mesh= is for float checkpoints"):
-        models.load(tmp_path, mesh=mesh)
+    mesh = devices()
+    monkeypatch.setattr(jaxq.io.Checkpoint, "__getitem__", None)
+    with pytest.raises(ValueError, match=r"jaxq\.models\.load: the rules \['up'\]"):
+        models.load(tmp_path, mesh=mesh, rules={"up": P(), "**": P()})
+    rules = {"**/down_proj/kernel": P(("d", "t")), "**": P()}
+    with pytest.raises(ValueError, match="not whole groups of 128 codes"):
+        models.load(tmp_path, mesh=mesh, rules=rules)
 
 
 def test_shapes_are_compared_before_weights_are_read(tmp_path, monkeypatch):

@@ -137,8 +137,9 @@ def read_checkpoint(
     compressed-tensors, fp8 in blocks (DeepSeek, Qwen), NVFP4 of ModelOpt, or MXFP4 as
     GPT-OSS ships it. A directory without it has float weights.
 
-    Reads GGUF files of the architectures llama, qwen2 and qwen3 too. Their parameters
-    get the names of Hugging Face, and the order of rows that these have.
+    Reads GGUF files of the architectures llama (also Mixtral), qwen2, qwen3 and
+    qwen3moe too. Their parameters get the names of Hugging Face, and the order of rows
+    that these have.
 
     Headers are read and checked now, and tensors when they are asked for. Dynamic
     quantization of inputs to 8 bits is read too. Static ranges of inputs and the

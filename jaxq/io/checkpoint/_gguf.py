@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +38,66 @@ def read_gguf(
         config, architecture = config_of(file.metadata, shapes)
         parameters: dict[str, Parameter] = {}
         for name in file.headers:
-            parameter = _parameter(file, name, architecture, config)
-            if parameter.name in parameters:
-                raise ValueError(f"two tensors are {parameter.name}")
-            parameters[parameter.name] = parameter
+            for parameter in _parameters(file, name, architecture, config):
+                if parameter.name in parameters:
+                    raise ValueError(f"two tensors are {parameter.name}")
+                parameters[parameter.name] = parameter
     except ValueError as error:
         raise ValueError(f"{caller}: {file.path}: {error}.") from error
     return config, parameters
 
 
-def _parameter(
+def _parameters(
     file: GgufFile, name: str, architecture: str, config: Mapping[str, Any]
+) -> Iterator[Parameter]:
+    """The parameters that a tensor holds: one, or one of each expert.
+
+    Raises:
+      ValueError: a stack does not have the experts of the config.
+    """
+    target = hf_name(name, config["model_type"])
+    if "{}" not in target:
+        yield _parameter(file, name, target, architecture, config)
+        return
+    shape, num_experts = file.headers[name].shape, config["num_local_experts"]
+    if len(shape) < 2 or shape[0] != num_experts:
+        raise ValueError(
+            f"{name} has the shape {list(shape)}, expected {num_experts} experts"
+        )
+    for expert in range(num_experts):
+        hf = target.format(expert)
+        yield _parameter(file, name, hf, architecture, config, expert=expert)
+
+
+def _parameter(
+    file: GgufFile,
+    name: str,
+    target: str,
+    architecture: str,
+    config: Mapping[str, Any],
+    *,
+    expert: int | None = None,
 ) -> Parameter:
+    """A parameter of a file.
+
+    Args:
+      file: open.
+      name: of the tensor in the file.
+      target: of the parameter.
+      architecture: of the file.
+      config: of Hugging Face.
+      expert: its number in the tensor; None if the tensor is no stack.
+    """
     header = file.headers[name]
-    shape = header.array_shape
-    target = hf_name(name)
+    shape = header.array_shape if expert is None else header.array_shape[1:]
     order = None
     if shape:
         order = row_order(target, architecture, config, shape[0])
-    read = functools.partial(file.read, name)
+    read = functools.partial(file.read, name, expert)
     if order is not None:
         read = functools.partial(_read_rows, file, name, order)
     tensor = StoredTensor(file.path, name, shape, header.dtype, read)
-    is_quantized = shape != header.shape
+    is_quantized = header.array_shape != header.shape
     return Parameter(
         target,
         {"weight": tensor},

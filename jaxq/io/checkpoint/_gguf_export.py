@@ -15,6 +15,7 @@ from jaxq.io.checkpoint._gguf import SUFFIX, TOKENIZER, is_gguf
 from jaxq.io.checkpoint._gguf_names import (
     architecture_of,
     gguf_name,
+    is_router,
     metadata_of,
     row_order,
 )
@@ -47,16 +48,7 @@ def export_gguf(
         architecture = architecture_of(config)
     except ValueError as error:
         raise ValueError(f"{caller}: format='gguf': {error}.") from error
-    tensors, problems = {}, []
-    for name in parts.names:
-        try:
-            tensor = _tensor(parts, name, architecture, config)
-            tensors[gguf_name(name)] = tensor
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{caller}: format='gguf' cannot hold these weights:\n{lines}")
+    tensors = _tensors(parts, architecture, config, caller)
     metadata = metadata_of(config, architecture)
     metadata |= _tokenizer(parts.files.get("tokenizer.json"), config)
     remove_leftovers(path.parent, path.name)
@@ -64,15 +56,73 @@ def export_gguf(
         write_gguf(file, metadata, tensors)
 
 
+def _tensors(
+    parts: CheckpointParts, architecture: str, config: Mapping[str, Any], caller: str
+) -> dict[str, NewTensor]:
+    """The tensors of the file by name. Experts of a layer are stacked."""
+    tensors: dict[str, NewTensor] = {}
+    stacks: dict[str, dict[int, NewTensor]] = {}
+    problems = []
+    for name in parts.names:
+        try:
+            target = gguf_name(name, config["model_type"])
+            if target is None:
+                raise ValueError(f"the architecture {architecture} does not have it")
+            own_name, expert = target
+            tensor = _tensor(parts, name, own_name, architecture, config)
+            if expert is None:
+                tensors[own_name] = tensor
+                continue
+            experts = stacks.setdefault(own_name, {})
+            experts[expert] = tensor
+            tensors[own_name] = _stack(experts)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ValueError(f"{caller}: format='gguf' cannot hold these weights:\n{lines}")
+    return tensors
+
+
+def _stack(experts: Mapping[int, NewTensor]) -> NewTensor:
+    """The tensor of several experts.
+
+    Raises:
+      ValueError: they have different types or shapes.
+    """
+    in_order = [experts[number] for number in sorted(experts)]
+    first, last = in_order[0], in_order[-1]
+    if (last.type, last.shape) != (first.type, first.shape):
+        raise ValueError(
+            f"it is {last.type}{list(last.shape)}, and another expert of its layer is "
+            f"{first.type}{list(first.shape)}"
+        )
+
+    def read() -> np.ndarray:
+        return np.stack([tensor.read() for tensor in in_order])
+
+    return NewTensor(first.type, (len(in_order), *first.shape), read)
+
+
 def _tensor(
-    parts: CheckpointParts, name: str, architecture: str, config: Mapping[str, Any]
+    parts: CheckpointParts,
+    name: str,
+    target: str,
+    architecture: str,
+    config: Mapping[str, Any],
 ) -> NewTensor:
-    """A tensor of the file. Its numbers are computed when they are written."""
-    if gguf_name(name) is None:
-        raise ValueError(f"the architecture {architecture} does not have it")
+    """A tensor of the file. Its numbers are computed when they are written.
+
+    Args:
+      parts: the checkpoint.
+      name: of the parameter.
+      target: of the tensor in the file.
+      architecture: of the file.
+      config: of Hugging Face.
+    """
     value = parts.read(name)
     shape = tuple(value.shape)
-    kind = _kind(value)
+    kind = _kind(value, target)
 
     def read() -> np.ndarray:
         value = parts.read(name)
@@ -89,7 +139,7 @@ def _tensor(
     return NewTensor(kind, shape, read)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, target: str) -> str:
     """The type of the tensor that holds a parameter."""
     if isinstance(value, QTensor):
         if value.meta.activation is not None:
@@ -99,8 +149,8 @@ def _kind(value: Any) -> str:
     dtype = np.dtype(value.dtype).name
     if dtype not in _FLOATS:
         raise ValueError(f"it is {dtype}, expected one of {', '.join(_FLOATS)}")
-    # llama.cpp computes norms and biases in float32.
-    return "F32" if value.ndim < 2 else _FLOATS[dtype]
+    # llama.cpp computes norms, biases and routers in float32.
+    return "F32" if value.ndim < 2 or is_router(target) else _FLOATS[dtype]
 
 
 def _tokenizer(text: str | bytes | None, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 The architectures here have the same parts under two names. In the architecture "llama"
 the outputs of the query and key projections have another order: llama.cpp rotates
 neighbouring pairs of numbers, and Hugging Face rotates the two halves of a head.
+
+A GGUF file has one tensor `[experts, out, in]` for all experts of a layer. A Hugging
+Face checkpoint has a tensor `[out, in]` for each expert.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,15 +36,48 @@ _LAYER = {
 }
 _TOP_OF_HF = {hf: name for name, hf in _TOP.items()}
 _LAYER_OF_HF = {hf: name for name, hf in _LAYER.items()}
+_EXPERTS = {
+    "ffn_gate_exps": "gate_proj",
+    "ffn_up_exps": "up_proj",
+    "ffn_down_exps": "down_proj",
+}
+
+
+class _Mixture(NamedTuple):
+    """The names of a family with mixtures of experts in Hugging Face checkpoints.
+
+    Attributes:
+      router: the module of the router.
+      experts: the list of experts.
+      modules: the module of an expert, by the name of its stack in a GGUF file.
+    """
+
+    router: str
+    experts: str
+    modules: Mapping[str, str]
+
+
+_MIXTURES = {
+    "mixtral": _Mixture(
+        "block_sparse_moe.gate",
+        "block_sparse_moe.experts",
+        {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"},
+    ),
+    "qwen3_moe": _Mixture("mlp.gate", "mlp.experts", _EXPERTS),
+}
+_ROUTER = "ffn_gate_inp"
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_HF_EXPERT = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(\d+)\.(\w+)\.(weight|bias)")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 # The model_type of Hugging Face, and the architecture of GGUF.
 _ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
+    "mixtral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
 }
 _PAIRED = ("llama",)  # architectures that rotate neighbouring pairs
 _SIZES = {
@@ -54,27 +90,62 @@ _SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+_EXPERT_SIZES = {
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 
 
-def hf_name(name: str) -> str:
-    """The name in a Hugging Face checkpoint. An unknown name is returned unchanged."""
+def hf_name(name: str, model_type: str) -> str:
+    """The name in a Hugging Face checkpoint. An unknown name is returned unchanged.
+
+    The name of a stack of experts has the place "{}" for the number of an expert.
+    """
     block = _BLOCK.fullmatch(name)
-    if block and block[2] in _LAYER:
-        return f"model.layers.{block[1]}.{_LAYER[block[2]]}.{block[3]}"
+    mixture = _MIXTURES.get(model_type)
+    if block:
+        module = _LAYER.get(block[2])
+        if mixture and block[2] == _ROUTER:
+            module = mixture.router
+        if mixture and block[2] in mixture.modules:
+            module = f"{mixture.experts}.{{}}.{mixture.modules[block[2]]}"
+        if module is not None:
+            return f"model.layers.{block[1]}.{module}.{block[3]}"
     module, _, last = name.rpartition(".")
     if module in _TOP:
         return f"{_TOP[module]}.{last}"
     return name
 
 
-def gguf_name(name: str) -> str | None:
-    """The name in a GGUF file; None if the architectures here do not have it."""
+def gguf_name(name: str, model_type: str) -> tuple[str, int | None] | None:
+    """The name in a GGUF file, and the number of the expert in this tensor.
+
+    The number is None if the tensor is not a stack of experts. The result is None if
+    the architectures here do not have the parameter.
+    """
+    mixture = _MIXTURES.get(model_type)
+    expert = _HF_EXPERT.fullmatch(name)
+    if mixture and expert and expert[2] == mixture.experts:
+        stacks = {module: stack for stack, module in mixture.modules.items()}
+        stack = stacks.get(expert[4])
+        if stack is None:
+            return None
+        return f"blk.{expert[1]}.{stack}.{expert[5]}", int(expert[3])
     layer = _HF_LAYER.fullmatch(name)
     if layer:
         part = _LAYER_OF_HF.get(layer[2])
-        return None if part is None else f"blk.{layer[1]}.{part}.{layer[3]}"
+        if mixture and layer[2] == mixture.router:
+            part = _ROUTER
+        return None if part is None else (f"blk.{layer[1]}.{part}.{layer[3]}", None)
     module, _, last = name.rpartition(".")
-    return f"{_TOP_OF_HF[module]}.{last}" if module in _TOP_OF_HF else None
+    return (f"{_TOP_OF_HF[module]}.{last}", None) if module in _TOP_OF_HF else None
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor of a GGUF file is the weight of a router."""
+    block = _BLOCK.fullmatch(name)
+    return block is not None and block[2] == _ROUTER
 
 
 def row_order(
@@ -123,8 +194,16 @@ def architecture_of(config: Mapping[str, Any]) -> str:
         raise ValueError(
             f"rope_type is {kind!r:.80}, and only 'default' and 'linear' are written"
         )
-    if config.get("sliding_window") and model_type == "mistral":
+    if config.get("sliding_window") and model_type in ("mistral", "mixtral"):
         raise ValueError("it has a sliding window, which GGUF's llama does not have")
+    if model_type == "qwen3_moe":
+        if not config.get("norm_topk_prob"):
+            raise ValueError(
+                "norm_topk_prob is false, and GGUF's qwen3moe normalizes the weights "
+                "of experts"
+            )
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise ValueError("some layers have no experts, and all of qwen3moe do")
     return _ARCHITECTURES[model_type]
 
 
@@ -138,12 +217,17 @@ def metadata_of(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     theta = rope.get("rope_theta") or entries.get("rope_theta") or 10000.0
     entries["rope_theta"] = float(theta)
     entries["rms_norm_eps"] = float(entries.get("rms_norm_eps") or 1e-6)
+    sizes = dict(_SIZES)
+    if config.get("model_type") in _MIXTURES:
+        sizes |= _EXPERT_SIZES
+        if "num_experts" in entries:  # some families have this name
+            entries["num_local_experts"] = entries["num_experts"]
     values: dict[str, Any] = {
         "general.architecture": architecture,
         "general.name": str(config.get("model_type")),
         "general.quantization_version": 2,
     }
-    for key, name in _SIZES.items():
+    for key, name in sizes.items():
         if entries.get(name) is not None:
             values[f"{architecture}.{key}"] = entries[name]
     values[f"{architecture}.attention.key_length"] = head_dim
@@ -175,8 +259,15 @@ def config_of(
         raise ValueError(
             f"general.architecture is {architecture!r:.80}, expected one of {known}"
         )
-    config: dict[str, Any] = {"model_type": architecture, "hidden_act": "silu"}
-    for key, name in _SIZES.items():
+    num_experts = metadata.get(f"{architecture}.expert_count")
+    model_type, sizes = architecture, dict(_SIZES)
+    if num_experts:
+        by_architecture = {_ARCHITECTURES[name]: name for name in _MIXTURES}
+        if architecture not in by_architecture:
+            raise ValueError(f"{architecture} with experts is not known")
+        model_type, sizes = by_architecture[architecture], _SIZES | _EXPERT_SIZES
+    config: dict[str, Any] = {"model_type": model_type, "hidden_act": "silu"}
+    for key, name in sizes.items():
         value = metadata.get(f"{architecture}.{key}")
         if value is not None:
             config[name] = _number(f"{architecture}.{key}", value)
@@ -195,7 +286,9 @@ def config_of(
         raise ValueError("the matrix token_embd.weight is missing")
     config["vocab_size"] = table[0]
     config["tie_word_embeddings"] = "output.weight" not in shapes
-    if architecture == "llama":
+    if model_type == "qwen3_moe":
+        config["norm_topk_prob"] = True
+    if model_type == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")

@@ -1,5 +1,6 @@
 """GGUF files: names, rows of heads, and models that are written and read."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jaxq
 from jaxq import models
 from jaxq.files import GgufFile, NewFile, NewTensor, write_gguf
 from jaxq.io import layouts
+from jaxq.models import ExpertsConfig
 from tests import tables
 from tests.models.test_decoder import make
 
@@ -46,6 +48,67 @@ def test_an_exported_model_comes_back(tmp_path, kind):
     np.testing.assert_allclose(
         run(loaded, TOKENS), run(qmodel, TOKENS), atol=1e-5, rtol=0
     )
+
+
+EXPERTS = ExpertsConfig(num_experts=3, num_experts_per_token=2, intermediate_size=128)
+# The architecture in the package gguf, and settings of the model.
+MIXTURES = {
+    "mixtral": ("LLAMA", {"experts": EXPERTS}),
+    "qwen3_moe": (
+        "QWEN3MOE",
+        {
+            "experts": dataclasses.replace(EXPERTS, intermediate_size=96),
+            "query_key_norm": "head",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", tables.thinned(MIXTURES, ["qwen3_moe"]))
+def test_experts_are_stacks_in_the_file(tmp_path, family):
+    architecture, options = MIXTURES[family]
+    path = tmp_path / "model.gguf"
+    spec = layouts.get("gguf").spec({"type": "Q4_0"})
+    model = make(**SIZES, num_hidden_layers=1, **options)
+    assert model.config.to_hf()["model_type"] == family
+    qmodel, _ = jaxq.quantize_model(model, spec)
+    jaxq.io.export(qmodel, path, format="gguf")
+    loaded, _ = models.load(path)
+    assert loaded.config.experts == model.config.experts
+    experts = qmodel.layers[0].mlp.experts
+    kernel = loaded.layers[0].mlp.experts.up_proj.kernel[...]
+    assert kernel.batch_shape == (3,)
+    np.testing.assert_array_equal(kernel.codes(), experts.up_proj.kernel[...].codes())
+    np.testing.assert_allclose(
+        run(loaded, TOKENS), run(qmodel, TOKENS), atol=1e-4, rtol=0
+    )
+
+    gguf = pytest.importorskip("gguf", reason="reads the file by the package gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    kinds = gguf.MODEL_TENSORS[gguf.MODEL_ARCH[architecture]]
+    names = {gguf.TENSOR_NAMES[kind].format(bid=0) for kind in kinds}
+    assert {name.removesuffix(".weight") for name in tensors} <= names
+    assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    for name in ("gate", "up", "down"):
+        tensor = tensors[f"blk.0.ffn_{name}_exps.weight"]
+        assert tensor.tensor_type.name == "Q4_0"
+        floats = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        own = jaxq.dequantize(getattr(experts, f"{name}_proj").kernel[...])
+        np.testing.assert_array_equal(floats, np.swapaxes(own, -1, -2))
+
+
+def test_a_stack_without_all_experts_is_refused(tmp_path):
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    options = MIXTURES["mixtral"][1]
+    jaxq.io.export(make(**SIZES, num_hidden_layers=1, **options), path, format="gguf")
+    with GgufFile(path, "test") as file, NewFile(other, "test") as new:
+        tensors = {
+            name: NewTensor(h.type, h.shape, lambda name=name: file.read(name))
+            for name, h in file.headers.items()
+        }
+        write_gguf(new, file.metadata | {"llama.expert_count": 4}, tensors)
+    with pytest.raises(ValueError, match=r"_exps.weight has the shape \[3.*expected 4"):
+        models.load(other)
 
 
 def test_a_quantized_embedding_and_head(tmp_path):
