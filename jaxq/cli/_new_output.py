@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -16,6 +17,8 @@ from jaxq import io, models
 from jaxq.cli._options import OWN_FORMAT
 
 _GGUF = ".gguf"
+_TOKENIZER = "tokenizer.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
@@ -48,17 +51,43 @@ def _check_gguf(out: Path, overwrite: bool) -> None:
         )
 
 
-def write_model(out: Path, model: Any, tokenizer: Any, format: str) -> None:
-    """Writes a model in a format that `check_output` has accepted."""
+def write_model(
+    out: Path, model: Any, tokenizer: Any, format: str, source: Path, dtype: Any = None
+) -> None:
+    """Writes a model in a format that `check_output` has accepted.
+
+    Args:
+        out: the directory or the file.
+        model: the model.
+        tokenizer: of the model, or None.
+        format: one of `FORMATS`.
+        source: where the model comes from. Its chat template, its other files of the
+            tokenizer and its special tokens are copied.
+        dtype: of the weights, for a float model in the format of jaxq.
+    """
+    tokens = _special_tokens(source)
     if format == "gguf":
         # A file takes its place when it is complete.
-        io.export(model, out, format=format, tokenizer=tokenizer)
+        io.export(model, out, format=format, tokenizer=tokenizer, **tokens)
         return
     with new_directory(out) as folder:
         if format == OWN_FORMAT:
-            models.save(folder, model, tokenizer=tokenizer)
+            own = {} if dtype is None else {"dtype": dtype}
+            models.save(folder, model, tokenizer=tokenizer, **own, **tokens)
         else:
-            io.export(model, folder, format=format, tokenizer=tokenizer)
+            io.export(model, folder, format=format, tokenizer=tokenizer, **tokens)
+        for name, data in io.companion_files(source).items():
+            if name != _TOKENIZER:  # the model's own one is written
+                (folder / name).write_bytes(data)
+
+
+def _special_tokens(source: Path) -> dict[str, Any]:
+    """The token ids in the config of a model."""
+    if not source.is_dir():
+        ends = models.load_stop_tokens(source)
+        return {"eos_token_id": ends[0]} if ends else {}
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return {name: config[name] for name in _TOKEN_IDS if name in config}
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def quantize(
         names = [name.strip() for name in choices.split(",")]
         recipe, chosen = _recipe.with_budget(recipe, model, target_bits, names, batches)
     qmodel, result = nn.quantize_model(model, recipe, calibration=batches)
-    write_model(out, qmodel, tokenizer, format_name)
+    write_model(out, qmodel, tokenizer, format_name, source)
     seconds = time.perf_counter() - start
     if as_json:
         entries = {"source": str(source), "recipe": recipe_text, "out": str(out)}
