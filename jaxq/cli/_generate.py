@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import jax.numpy as jnp
@@ -87,11 +88,10 @@ def generate(
     ids = tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:
         raise click.UsageError("--prompt has no token. Pass a longer text.")
-    printer = _Printer(TextStream(tokenizer, ids, stops), is_shown=not as_json)
-    if not chat:
-        printer.show(prompt)
+    stream = TextStream(tokenizer, ids, stops)
+    printer = _Printer(stream, "" if chat else prompt, is_shown=not as_json)
     start = time.perf_counter()
-    with contextlib.suppress(_StopText):
+    with printer, contextlib.suppress(_StopText):
         models.generate(
             model,
             jnp.asarray([ids], jnp.int32),
@@ -104,7 +104,6 @@ def generate(
             cache=cache,
             on_token=printer.add,
         )
-    printer.end()
     seconds = time.perf_counter() - start
     if as_json:
         _output.print_json(
@@ -136,22 +135,31 @@ class _StopText(Exception):
 
 
 class _Printer:
-    """Prints new tokens, and keeps them.
+    """Prints new tokens, and keeps them. A `with` block ends the line.
+
+    Args:
+        stream: makes the text of the tokens.
+        start: is printed before the first token.
+        is_shown: False prints nothing.
 
     Attributes:
         tokens: the new tokens.
         text: their text, without a stop text.
     """
 
-    def __init__(self, stream: TextStream, *, is_shown: bool):
-        self._stream, self._is_shown = stream, is_shown
+    def __init__(self, stream: TextStream, start: str, *, is_shown: bool):
+        self._stream, self._start, self._is_shown = stream, start, is_shown
         self.tokens: list[int] = []
         self.text = ""
 
-    def show(self, text: str) -> None:
-        """Prints a text now, also into a pipe."""
-        if self._is_shown and text:
-            click.echo(text, nl=False)
+    def __enter__(self) -> _Printer:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        # Without a token, an error message is all that the user gets.
+        if self.tokens:
+            self._give(self._stream.rest())
+            self._show("\n")
 
     def add(self, row: np.ndarray) -> None:
         """Adds the next token, int32 [1].
@@ -159,17 +167,19 @@ class _Printer:
         Raises:
             _StopText: the text ends here.
         """
+        if not self.tokens:
+            self._show(self._start)
         token = int(row[0])
         self.tokens.append(token)
         self._give(self._stream.add(token))
         if self._stream.has_ended:
             raise _StopText
 
-    def end(self) -> None:
-        """Prints what is left, and the end of the line."""
-        self._give(self._stream.rest())
-        self.show("\n")
-
     def _give(self, text: str) -> None:
         self.text += text
-        self.show(text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        """Prints a text now, also into a pipe."""
+        if self._is_shown and text:
+            click.echo(text, nl=False)

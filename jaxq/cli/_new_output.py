@@ -23,13 +23,14 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
     """Raises before the work begins if a model cannot be written at the end."""
-    if not out.parent.is_dir():
-        raise click.UsageError(f"--out {out}: there is no directory {out.parent}.")
-    if not os.access(out.parent, os.W_OK):
-        raise click.UsageError(f"--out {out}: {out.parent} cannot be written.")
     if format == "gguf":
-        _check_gguf(out, overwrite)
+        if out.suffix != _GGUF:
+            raise click.UsageError(
+                f"--out {out}: the name of the file must end in {_GGUF}."
+            )
+        check_file(out, overwrite)
         return
+    _check_parent(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise click.UsageError(f"--out {out}: this is not a directory.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -38,17 +39,22 @@ def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
         )
 
 
-def _check_gguf(out: Path, overwrite: bool) -> None:
-    if out.suffix != _GGUF:
-        raise click.UsageError(
-            f"--out {out}: the name of the file must end in {_GGUF}."
-        )
+def check_file(out: Path, overwrite: bool) -> None:
+    """Raises before the work begins if a file cannot be written at the end."""
+    _check_parent(out)
     if out.is_dir():
         raise click.UsageError(f"--out {out}: this is a directory.")
     if out.exists() and not overwrite:
         raise click.UsageError(
             f"--out {out}: the file exists. Pass --overwrite to replace it."
         )
+
+
+def _check_parent(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise click.UsageError(f"--out {out}: there is no directory {out.parent}.")
+    if not os.access(out.parent, os.W_OK):
+        raise click.UsageError(f"--out {out}: {out.parent} cannot be written.")
 
 
 def write_model(

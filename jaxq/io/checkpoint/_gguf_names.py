@@ -7,6 +7,7 @@ neighbouring pairs of numbers, and Hugging Face rotates the two halves of a head
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +55,7 @@ _SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+_FRACTIONS = ("rms_norm_eps", "rope_theta")
 
 
 def hf_name(name: str) -> str:
@@ -179,7 +181,8 @@ def config_of(
     for key, name in _SIZES.items():
         value = metadata.get(f"{architecture}.{key}")
         if value is not None:
-            config[name] = _number(f"{architecture}.{key}", value)
+            kinds = (int, float) if name in _FRACTIONS else (int,)
+            config[name] = _number(f"{architecture}.{key}", value, kinds)
     for name in ("num_attention_heads", "hidden_size"):
         if not config.get(name):
             raise ValueError(f"the value of {name} is missing")
@@ -187,9 +190,10 @@ def config_of(
         config.get("num_key_value_heads") or config["num_attention_heads"]
     )
     head_dim = metadata.get(f"{architecture}.attention.key_length")
-    head_dim = head_dim or metadata.get(f"{architecture}.rope.dimension_count")
+    if head_dim is None:
+        head_dim = metadata.get(f"{architecture}.rope.dimension_count")
     if head_dim is not None:
-        config["head_dim"] = _number("the size of a head", head_dim)
+        config["head_dim"] = _number("the size of a head", head_dim, (int,))
     table = shapes.get("token_embd.weight")
     if table is None or len(table) != 2:
         raise ValueError("the matrix token_embd.weight is missing")
@@ -199,15 +203,19 @@ def config_of(
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if not isinstance(scaling, str):
+        raise ValueError(f"the type of the rope scaling is {scaling!r:.80}")
     if scaling != "none":
         factor = metadata.get(f"{architecture}.rope.scaling.factor")
         config["rope_scaling"] = {"rope_type": scaling, "factor": factor}
     return config, architecture
 
 
-def _number(name: str, value: Any) -> Any:
-    if type(value) not in (int, float):
-        raise ValueError(f"{name} must be a number, got {value!r:.80}")
+def _number(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    # A bool is an int in Python, so the types are compared.
+    if type(value) not in kinds or not 0 <= value < math.inf:
+        kind = "a whole number" if kinds == (int,) else "a finite number"
+        raise ValueError(f"{name} must be {kind} from 0, got {value!r:.80}")
     return value
 
 
