@@ -8,7 +8,7 @@ import click
 
 from jaxq import models
 from jaxq.cli import _options, _output
-from jaxq.cli._new_output import check_output, new_directory, write_model
+from jaxq.cli._new_output import check_output, write_model
 
 _EXAMPLE = """\b
 Examples:
@@ -49,15 +49,13 @@ def convert(
         raise click.UsageError("Pass --dtype or --format.")
     check_output(out, overwrite, format_name or _options.OWN_FORMAT)
     model, tokenizer = models.load(source)
-    if format_name is not None:
-        write_model(out, model, tokenizer, format_name)
-    else:
-        if models.is_quantized(model):
-            raise click.UsageError(
-                f"{source} has quantized weights. --dtype is for floats."
-            )
-        with new_directory(out) as folder:
-            models.save(folder, model, tokenizer=tokenizer, dtype=dtype)
+    if dtype is not None and models.is_quantized(model):
+        raise click.UsageError(
+            f"{source} has quantized weights. --dtype is for floats."
+        )
+    write_model(
+        out, model, tokenizer, format_name or _options.OWN_FORMAT, source, dtype
+    )
     files = [out] if out.is_file() else out.iterdir()
     num_bytes = sum(file.stat().st_size for file in files)
     if as_json:

@@ -61,6 +61,7 @@ def evaluate(
     Standard errors are those over windows of the text.
     """
     model, tokenizer = _texts.load_model(model_path)
+    _texts.check_decoder(model_path, model)
     window = _texts.default_context(model, context)
     ids = _texts.read_tokens(tokenizer, text)[:tokens]
     networks = {"model": model}

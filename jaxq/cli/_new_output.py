@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -16,17 +17,20 @@ from jaxq import io, models
 from jaxq.cli._options import OWN_FORMAT
 
 _GGUF = ".gguf"
+_TOKENIZER = "tokenizer.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
     """Raises before the work begins if a model cannot be written at the end."""
-    if not out.parent.is_dir():
-        raise click.UsageError(f"--out {out}: there is no directory {out.parent}.")
-    if not os.access(out.parent, os.W_OK):
-        raise click.UsageError(f"--out {out}: {out.parent} cannot be written.")
     if format == "gguf":
-        _check_gguf(out, overwrite)
+        if out.suffix != _GGUF:
+            raise click.UsageError(
+                f"--out {out}: the name of the file must end in {_GGUF}."
+            )
+        check_file(out, overwrite)
         return
+    _check_parent(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise click.UsageError(f"--out {out}: this is not a directory.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -35,11 +39,9 @@ def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
         )
 
 
-def _check_gguf(out: Path, overwrite: bool) -> None:
-    if out.suffix != _GGUF:
-        raise click.UsageError(
-            f"--out {out}: the name of the file must end in {_GGUF}."
-        )
+def check_file(out: Path, overwrite: bool) -> None:
+    """Raises before the work begins if a file cannot be written at the end."""
+    _check_parent(out)
     if out.is_dir():
         raise click.UsageError(f"--out {out}: this is a directory.")
     if out.exists() and not overwrite:
@@ -48,17 +50,50 @@ def _check_gguf(out: Path, overwrite: bool) -> None:
         )
 
 
-def write_model(out: Path, model: Any, tokenizer: Any, format: str) -> None:
-    """Writes a model in a format that `check_output` has accepted."""
+def _check_parent(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise click.UsageError(f"--out {out}: there is no directory {out.parent}.")
+    if not os.access(out.parent, os.W_OK):
+        raise click.UsageError(f"--out {out}: {out.parent} cannot be written.")
+
+
+def write_model(
+    out: Path, model: Any, tokenizer: Any, format: str, source: Path, dtype: Any = None
+) -> None:
+    """Writes a model in a format that `check_output` has accepted.
+
+    Args:
+        out: the directory or the file.
+        model: the model.
+        tokenizer: of the model, or None.
+        format: one of `FORMATS`.
+        source: where the model comes from. Its chat template, its other files of the
+            tokenizer and its special tokens are copied.
+        dtype: of the weights, for a float model in the format of jaxq.
+    """
+    tokens = _special_tokens(source)
     if format == "gguf":
         # A file takes its place when it is complete.
-        io.export(model, out, format=format, tokenizer=tokenizer)
+        io.export(model, out, format=format, tokenizer=tokenizer, **tokens)
         return
     with new_directory(out) as folder:
         if format == OWN_FORMAT:
-            models.save(folder, model, tokenizer=tokenizer)
+            own = {} if dtype is None else {"dtype": dtype}
+            models.save(folder, model, tokenizer=tokenizer, **own, **tokens)
         else:
-            io.export(model, folder, format=format, tokenizer=tokenizer)
+            io.export(model, folder, format=format, tokenizer=tokenizer, **tokens)
+        for name, data in io.companion_files(source).items():
+            if name != _TOKENIZER:  # the model's own one is written
+                (folder / name).write_bytes(data)
+
+
+def _special_tokens(source: Path) -> dict[str, Any]:
+    """The token ids in the config of a model."""
+    if not source.is_dir():
+        ends = models.load_stop_tokens(source)
+        return {"eos_token_id": ends[0]} if ends else {}
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return {name: config[name] for name in _TOKEN_IDS if name in config}
 
 
 @contextlib.contextmanager

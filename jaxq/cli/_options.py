@@ -47,13 +47,17 @@ def context_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --out and --overwrite. The function gets `out` and `overwrite`."""
-    out = click.option(
-        "--out",
-        type=NEW_PATH,
-        required=True,
-        help="The directory to write, or the file of GGUF.",
-    )
+    """Adds --out and --overwrite for a model. The function gets both."""
+    return _output("The directory to write, or the file of GGUF.", function)
+
+
+def file_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --out and --overwrite for a file. The function gets both."""
+    return _output("The new file.", function)
+
+
+def _output(help: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    out = click.option("--out", type=NEW_PATH, required=True, help=help)
     overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
     return out(overwrite(function))
 

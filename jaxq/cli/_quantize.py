@@ -101,10 +101,11 @@ def quantize(
     recipe = _recipe.read_recipe(recipe_text)
     has_data = bool(calibration) or statistics_path is not None
     if stream:
-        if has_data or target_bits is not None or overwrite:
+        if has_data or target_bits is not None or overwrite or report:
             raise click.UsageError(
-                "--stream reads no data and replaces nothing. Leave out --calibration, "
-                "--statistics, --target-bits and --overwrite."
+                "--stream reads no data, replaces nothing and measures nothing. Leave "
+                "out --calibration, --statistics, --target-bits, --overwrite and "
+                "--report."
             )
         _stream(source, recipe, out, format_name, as_json)
         return
@@ -128,7 +129,7 @@ def quantize(
         names = [name.strip() for name in choices.split(",")]
         recipe, chosen = _recipe.with_budget(recipe, model, target_bits, names, batches)
     qmodel, result = nn.quantize_model(model, recipe, calibration=batches)
-    write_model(out, qmodel, tokenizer, format_name)
+    write_model(out, qmodel, tokenizer, format_name, source)
     seconds = time.perf_counter() - start
     if as_json:
         entries = {"source": str(source), "recipe": recipe_text, "out": str(out)}

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxq import nn, observers
 from jaxq.cli import _options, _output, _statistics_file, _texts
+from jaxq.cli._new_output import check_file
 from jaxq.observers import LayerStats
 
 _COLLECT_EXAMPLE = """\b
@@ -44,7 +45,7 @@ def statistics() -> None:
     required=True,
     help="A text file. May be given several times.",
 )
-@click.option("--out", type=_options.NEW_PATH, required=True, help="The new file.")
+@_options.file_options
 @click.option(
     "--observer",
     type=click.Choice(observers.names()),
@@ -56,6 +57,7 @@ def collect(
     source: Path,
     text: tuple[Path, ...],
     out: Path,
+    overwrite: bool,
     observer: str | None,
     context: int | None,
     samples: int,
@@ -63,8 +65,7 @@ def collect(
     as_json: bool,
 ) -> None:
     """Collect statistics of the inputs of a model's layers."""
-    if not out.parent.is_dir():
-        raise click.UsageError(f"--out {out}: there is no directory {out.parent}.")
+    check_file(out, overwrite)
     model, tokenizer = _texts.load_model(source)
     window = _texts.default_context(model, context)
     tokens = _texts.read_tokens(tokenizer, text)
@@ -83,10 +84,11 @@ def collect(
 
 @statistics.command(epilog=_MERGE_EXAMPLE)
 @click.argument("paths", metavar="FILE...", nargs=-1, type=_options.FILE, required=True)
-@click.option("--out", type=_options.NEW_PATH, required=True, help="The new file.")
+@_options.file_options
 @_options.common
-def merge(paths: tuple[Path, ...], out: Path, as_json: bool) -> None:
+def merge(paths: tuple[Path, ...], out: Path, overwrite: bool, as_json: bool) -> None:
     """Merge statistics of one model on several texts."""
+    check_file(out, overwrite)
     parts = [_statistics_file.read(path) for path in paths]
     result = _statistics_file.merge(parts, paths)
     _statistics_file.write(out, result)

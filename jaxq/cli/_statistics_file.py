@@ -80,13 +80,30 @@ def read(path: Path) -> Statistics:
             f"{path} has no calibration statistics. Make such a file with "
             "`jaxq statistics collect`."
         )
+    try:
+        return _from_tree(tree)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the statistics are damaged: {error}") from error
+
+
+def _from_tree(tree: dict[str, Any]) -> Statistics:
+    """The statistics of the tree of a file.
+
+    Raises:
+        TypeError: an entry is of another type.
+        ValueError: the statistics of a layer have unknown fields.
+    """
+    kinds = {"model": str, "sources": list, "tokens": int, "observer": str}
+    for name, kind in (kinds | {"layers": dict}).items():
+        if not isinstance(tree[name], kind):
+            raise TypeError(f"{name} is not of the type {kind.__name__}.")
     observer = None
     if tree["observer"]:
         observer = observers.from_dict(json.loads(tree["observer"]))
     like = empty_stats(1, observer=observer)
     like = like._replace(patches=empty_stats(1))
     layers = {name: as_stats(value, like) for name, value in tree["layers"].items()}
-    sources = tuple(tree["sources"])
+    sources = tuple(map(str, tree["sources"]))
     return Statistics(tree["model"], sources, tree["tokens"], observer, layers)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq import models
-from jaxq.files import TensorFile, TensorHeader
+from jaxq.files import TensorFile, TensorHeader, parse_json, read_text
 from jaxq.io import read_checkpoint
 from jaxq.qtensor import QTensor, dequantize
 from jaxq.serialization import read_contents
@@ -63,7 +62,7 @@ def read_stored(path: Path) -> list[Stored]:
         ValueError: a file is damaged.
     """
     by = quantization_of(path)
-    if path.suffix == _GGUF or (by and by != _OWN):
+    if path.suffix.lower() == _GGUF or (by and by != _OWN):
         return _of_checkpoint(path)
     files = sorted(path.glob(_SUFFIX)) if path.is_dir() else [path]
     if not files:
@@ -101,16 +100,15 @@ def read_reference(path: Path, stored: list[Stored]) -> dict[str, Stored]:
 
 def quantization_of(path: Path) -> str:
     """The library that quantized a directory, as its config.json says; or empty."""
-    if path.suffix == _GGUF:
+    if path.suffix.lower() == _GGUF:
         return "GGUF"
     config = path / "config.json"
     if not config.is_file():
         return ""
-    try:
-        entries = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config} is damaged: {error}.") from error
-    quantization = entries.get("quantization_config") if entries else None
+    entries = parse_json(config, read_text(config, _CALLER))
+    if not isinstance(entries, dict):
+        raise ValueError(f"{config} is not a JSON object.")
+    quantization = entries.get("quantization_config")
     if not isinstance(quantization, dict) or not quantization:
         return ""
     return str(quantization.get("quant_method", "unknown"))

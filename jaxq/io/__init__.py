@@ -31,6 +31,7 @@ from jaxq.io.checkpoint import (
     read_checkpoint,
 )
 from jaxq.io.checkpoint import CheckpointParts as CheckpointParts
+from jaxq.io.checkpoint import companion_files as companion_files
 from jaxq.io.checkpoint import is_quantized as is_quantized
 from jaxq.io.checkpoint import register_model as register_model
 

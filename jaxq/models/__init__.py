@@ -24,6 +24,7 @@ from jaxq.models._quantized_weights import is_quantized
 from jaxq.models._rotate import rotate, rotate_by
 from jaxq.models._scale_groups import NormGroup, fold_scales, norm_groups, smooth
 from jaxq.models._stacking import stacked, unrolled
+from jaxq.models._stop_tokens import load_stop_tokens
 from jaxq.models.decoder import Decoder, DecoderConfig
 from jaxq.models.encoder import Encoder, EncoderConfig
 from jaxq.nn import register_folding, register_layer, register_rotation
@@ -54,6 +55,7 @@ __all__ = [
     "is_quantized",
     "load",
     "load_chat_template",
+    "load_stop_tokens",
     "model_types",
     "norm_groups",
     "rotate",

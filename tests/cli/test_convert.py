@@ -1,5 +1,8 @@
 """`jaxq convert`, against numpy's rounding."""
 
+import json
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -97,6 +100,28 @@ def test_other_formats_hold_the_same_numbers(
     files = [path.rglob("*") if path.is_dir() else [path] for path in (second, third)]
     sizes = [sum(file.stat().st_size for file in own) for own in files]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quantize", "--recipe", "int4"],
+        ["quantize", "--recipe", "int4", "--format", "gptq"],
+        ["convert", "--dtype", "float32"],
+    ],
+)
+def test_the_chat_template_and_the_end_token_are_kept(run, wide_dir, tmp_path, words):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(wide_dir, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    settings = '{"chat_template": "x", "eos_token": "</s>"}'
+    (source / "tokenizer_config.json").write_text(settings)
+    (source / "generation_config.json").write_text('{"top_k": 3}')
+    assert run(words[0], source, *words[1:], "--out", out).code == 0
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 7
+    assert (out / "tokenizer_config.json").read_text() == settings
+    assert (out / "generation_config.json").read_text() == '{"top_k": 3}'
 
 
 def test_weights_that_a_format_cannot_hold(run, wide_dir, tmp_path):

@@ -133,3 +133,40 @@ def test_a_file_that_has_no_statistics(run, tmp_path):
     assert result.code == 1
     assert "has no calibration statistics" in result.err
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"layers": [1]},
+        {"layers": {"a": 3}},
+        {"layers": {"a": {"unknown": 1}}},
+        {"tokens": "many"},
+        {"sources": None},
+        {"observer": "{"},
+        {"observer": '{"type": "none"}'},
+    ],
+)
+def test_damaged_statistics_name_the_file(run, tmp_path, entries):
+    path = tmp_path / "a.safetensors"
+    whole = {"kind": "statistics", "model": "x", "sources": ["a"], "tokens": 1}
+    jaxq.save(path, whole | {"observer": "", "layers": {}} | entries)
+    result = run("statistics", "show", path)
+    assert result.code == 1
+    assert f"{path}: the statistics are damaged: " in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_file_is_replaced_only_if_asked(run, model_dir, text, tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("kept")
+    for words in (["collect", model_dir, "--text", text], ["merge", path]):
+        result = run("statistics", *words, "--out", path)
+        assert result.code == 2
+        assert "the file exists. Pass --overwrite" in result.err
+        assert path.read_text() == "kept"
+    words = ["collect", model_dir, "--text", text, "--overwrite"]
+    assert run("statistics", *words, "--out", path).code == 0
+    assert run("statistics", "show", path).code == 0
+    result = run("statistics", "merge", path, "--out", tmp_path / "none" / "a")
+    assert "there is no directory" in result.err

@@ -3,8 +3,9 @@
     python -m tests.io.fuzz 100000 [seed]
 
 makes as many mutants of small files and recipes, and prints every mutant that is
-neither. A QTensor that loads must also dequantize and multiply. `test_fuzz.py` runs
-2,000 mutants.
+neither. A QTensor that loads must also dequantize and multiply. A file with damaged
+bytes that loads must hold what it held before. `test_fuzz.py` runs 2,000 mutants.
+`fuzz_checkpoints.py` damages model directories and files of other libraries.
 """
 
 from __future__ import annotations
@@ -28,17 +29,9 @@ import jaxq
 from jaxq import files, models
 from jaxq.models import Llama, LlamaConfig
 from jaxq.qtensor import is_qtensor
+from tests.io.mutations import DEEP, change_node
 
 NAME = "mutant.safetensors"
-DEEP = "[" * 100_000 + "]" * 100_000
-# What a field of a damaged or hostile file can hold.
-NUMBERS = (0, 1, -1, 2, 3, 7, 64, 256, 2**31, 2**63, 10**30, -(10**12), 0.0, 1.0, 256.0)
-NAMES = "int4 int8 float8_e4m3fn float64 float99_e50m48 q9.9 PerGroup PerTensor PerFlat"
-WORDS = "absmax mean low_first array qtensor dict list tuple key value w w.data odd"
-ODD = ("", "..", "a,b", "f4,(", "\ud800", 1e308, float("inf"), float("nan"), None)
-TREES = ([], {}, [1], [[]], [0, 0], [-1, -2], [10**12] * 2, {"is": "array"}, {"x": 1})
-SWITCHES = (True, False)
-VALUES = [*NUMBERS, *NAMES.split(), *WORDS.split(), *ODD, *TREES, *SWITCHES]
 
 
 class Mutant(NamedTuple):
@@ -48,11 +41,14 @@ class Mutant(NamedTuple):
       kind: which mutation made it.
       names: texts of which an error must have one.
       load: reads it.
+      expected: what the whole file holds, as `leaf_bytes` returns it, if the file has
+        checksums that do not fit the mutant. None otherwise.
     """
 
     kind: str
     names: tuple[str, ...]
     load: Callable[[], Any]
+    expected: list[bytes] | None = None
 
 
 class Fuzz:
@@ -87,7 +83,8 @@ class Fuzz:
         return make()
 
     def _flipped(self) -> Mutant:
-        data = bytearray(self.random.choice(self.sources).data)
+        source = self.random.choice(self.sources)
+        data = bytearray(source.data)
         for _ in range(self.random.choice((1, 1, 1, 2, 8))):
             position = self.random.randrange(len(data))
             change = self.random.randrange(4)
@@ -101,14 +98,15 @@ class Fuzz:
                 data[position:position] = self.random.randbytes(4)
             if not data:
                 break
-        return self._file("bytes", bytes(data))
+        mutant = self._file("bytes", bytes(data))
+        return mutant._replace(expected=source.leaves)
 
     def _changed_metadata(self) -> Mutant:
         """Another structure, with checksums that fit it, or without checksums."""
         source = self.random.choice(self.sources)
         header = copy.deepcopy(source.header)
         for _ in range(self.random.choice((1, 1, 2, 3))):
-            self._change(header)
+            change_node(header, self.random)
         text = json.dumps(header)
         if self.random.random() < 0.002:
             text = text.replace("null", DEEP, 1)
@@ -129,14 +127,14 @@ class Fuzz:
             first, second = self.random.sample(names, 2)
             header[first], header[second] = header[second], header[first]
         else:
-            self._change({name: header[name] for name in names})
+            change_node({name: header[name] for name in names}, self.random)
         text = json.dumps(header).encode()
         data = len(text).to_bytes(8, "little") + text + source.data[8 + length :]
         return self._file("header", data)
 
     def _changed_recipe(self) -> Mutant:
         recipe = copy.deepcopy(self.random.choice(self.recipes))
-        self._change(recipe)
+        change_node(recipe, self.random)
         return Mutant(
             "recipe", ("Recipe.from_dict: ",), lambda: jaxq.Recipe.from_dict(recipe)
         )
@@ -147,28 +145,13 @@ class Fuzz:
             (self.model / name).write_bytes(data)
         config = json.loads(self.model_files["config.json"])
         if self.random.random() < 0.8:
-            self._change(config)
+            change_node(config, self.random)
             (self.model / "config.json").write_text(json.dumps(config))
         else:
             data = bytearray(self.model_files["model.safetensors"])
             data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
             (self.model / "model.safetensors").write_bytes(data)
         return Mutant("model", (str(self.model),), lambda: models.load(self.model))
-
-    def _change(self, tree: Any) -> None:
-        """Changes one random node of a tree of dicts and lists, in place."""
-        nodes = list(_nodes(tree))
-        parent, key = self.random.choice(nodes)
-        change = self.random.randrange(10)
-        if change == 0:
-            del parent[key]
-        elif change == 1:
-            other_parent, other_key = self.random.choice(nodes)
-            parent[key] = copy.deepcopy(other_parent[other_key])
-        elif change == 2 and isinstance(parent, dict):
-            parent[self.random.choice(("x", "is", "type", "\ud800"))] = parent[key]
-        else:
-            parent[key] = copy.deepcopy(self.random.choice(VALUES))
 
     def _file(self, kind: str, data: bytes) -> Mutant:
         path = self.folder / NAME
@@ -181,15 +164,17 @@ class Fuzz:
         with files.TensorFile(path, "fuzz") as file:
             header = json.loads(file.metadata["jaxq"])
             tensors = {name: file.read(name) for name in file.headers}
-        return _Source(path.read_bytes(), header, tensors)
+        leaves = leaf_bytes(jaxq.load(path))
+        return _Source(path.read_bytes(), header, tensors, leaves)
 
 
 class _Source(NamedTuple):
-    """A whole file: its bytes, its JSON header and its tensors."""
+    """A whole file: its bytes, its JSON header, its tensors and the leaves it holds."""
 
     data: bytes
     header: dict[str, Any]
     tensors: dict[str, np.ndarray]
+    leaves: list[bytes]
 
 
 class Buffer:
@@ -262,6 +247,8 @@ def run(
             value = mutant.load()
             if mutant.kind == "metadata":
                 _use(value)
+            if mutant.expected is not None:
+                assert leaf_bytes(value) == mutant.expected, "it holds another tree"
             results[mutant.kind, "loaded"] += 1
         except ValueError as error:
             results[mutant.kind, "refused"] += 1
@@ -273,6 +260,18 @@ def run(
                 saved = (folder / NAME).read_bytes()
                 (folder / f"failure{len(failures)}.safetensors").write_bytes(saved)
     return results, failures
+
+
+def leaf_bytes(tree: Any) -> list[bytes]:
+    """The bytes of all leaves of a tree."""
+    leaves = jax.tree.leaves(tree)
+    arrays = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
+    return [np.asarray(array).tobytes() for array in arrays]
+
+
+def _is_key(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _use(value: Any) -> None:
@@ -294,15 +293,6 @@ def _product(qt: jaxq.QTensor) -> jax.Array:
     x = jnp.ones((*qt.batch_shape, 2, *sizes))
     of_x = tuple(range(len(batch) + 1, x.ndim))
     return jaxq.ops.dot_general(x, qt, ((of_x, contracted), (batch, batch)))
-
-
-def _nodes(tree: Any):
-    """The parent and the key of every node of a tree."""
-    if isinstance(tree, dict | list):
-        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, value in pairs:
-            yield tree, key
-            yield from _nodes(value)
 
 
 def main() -> None:

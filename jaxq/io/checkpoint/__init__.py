@@ -11,6 +11,7 @@ from jaxq.io.checkpoint._checkpoint import is_quantized as is_quantized
 from jaxq.io.checkpoint._checkpoint import read_checkpoint as read_checkpoint
 from jaxq.io.checkpoint._export import export as export
 from jaxq.io.checkpoint._parts import CheckpointParts as CheckpointParts
+from jaxq.io.checkpoint._parts import companion_files as companion_files
 from jaxq.io.checkpoint._parts import register_model as register_model
 from jaxq.io.checkpoint._stream import quantize_checkpoint as quantize_checkpoint
 

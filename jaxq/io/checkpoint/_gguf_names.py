@@ -10,6 +10,7 @@ Face checkpoint has a tensor `[out, in]` for each expert.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -95,6 +96,7 @@ _EXPERT_SIZES = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+_FRACTIONS = ("rms_norm_eps", "rope_theta")
 
 
 def hf_name(name: str, model_type: str) -> str:
@@ -270,7 +272,8 @@ def config_of(
     for key, name in sizes.items():
         value = metadata.get(f"{architecture}.{key}")
         if value is not None:
-            config[name] = _number(f"{architecture}.{key}", value)
+            kinds = (int, float) if name in _FRACTIONS else (int,)
+            config[name] = _number(f"{architecture}.{key}", value, kinds)
     for name in ("num_attention_heads", "hidden_size"):
         if not config.get(name):
             raise ValueError(f"the value of {name} is missing")
@@ -278,9 +281,10 @@ def config_of(
         config.get("num_key_value_heads") or config["num_attention_heads"]
     )
     head_dim = metadata.get(f"{architecture}.attention.key_length")
-    head_dim = head_dim or metadata.get(f"{architecture}.rope.dimension_count")
+    if head_dim is None:
+        head_dim = metadata.get(f"{architecture}.rope.dimension_count")
     if head_dim is not None:
-        config["head_dim"] = _number("the size of a head", head_dim)
+        config["head_dim"] = _number("the size of a head", head_dim, (int,))
     table = shapes.get("token_embd.weight")
     if table is None or len(table) != 2:
         raise ValueError("the matrix token_embd.weight is missing")
@@ -292,15 +296,19 @@ def config_of(
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if not isinstance(scaling, str):
+        raise ValueError(f"the type of the rope scaling is {scaling!r:.80}")
     if scaling != "none":
         factor = metadata.get(f"{architecture}.rope.scaling.factor")
         config["rope_scaling"] = {"rope_type": scaling, "factor": factor}
     return config, architecture
 
 
-def _number(name: str, value: Any) -> Any:
-    if type(value) not in (int, float):
-        raise ValueError(f"{name} must be a number, got {value!r:.80}")
+def _number(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    # A bool is an int in Python, so the types are compared.
+    if type(value) not in kinds or not 0 <= value < math.inf:
+        kind = "a whole number" if kinds == (int,) else "a finite number"
+        raise ValueError(f"{name} must be {kind} from 0, got {value!r:.80}")
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxq.io.checkpoint._checkpoint import Checkpoint
@@ -73,14 +74,19 @@ def parts_of(source: Any, caller: str) -> CheckpointParts:
     )
 
 
+def companion_files(path: Path) -> dict[str, bytes]:
+    """The files of a directory that do not depend on the form of the weights, by name.
+
+    These are those of the tokenizer, the chat template and the settings of generation.
+    """
+    files = {name: path / name for name in _PASSED_FILES}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+
 def _parts_of_checkpoint(checkpoint: Checkpoint) -> CheckpointParts:
     config = dict(checkpoint.config)
     config.pop("quantization_config", None)
-    files: dict[str, str | bytes] = {}
-    for name in _PASSED_FILES:
-        file = checkpoint.path / name
-        if file.is_file():
-            files[name] = file.read_bytes()
+    files: dict[str, str | bytes] = dict(companion_files(checkpoint.path))
     if checkpoint.tokenizer is not None:
         files["tokenizer.json"] = checkpoint.tokenizer
     return CheckpointParts(config, tuple(checkpoint), checkpoint.__getitem__, files)

@@ -12,6 +12,7 @@ import jaxq
 from jaxq import models
 from jaxq.files import GgufFile, NewFile, NewTensor, write_gguf
 from jaxq.io import layouts
+from jaxq.io.checkpoint._gguf_names import config_of
 from jaxq.models import ExpertsConfig
 from tests import tables
 from tests.models.test_decoder import make
@@ -193,3 +194,19 @@ def test_rows_of_query_heads_are_those_of_the_halves():
     np.testing.assert_array_equal(permuted[order], rows)
     assert row_order("x.v_proj.weight", "llama", config, 12) is None
     assert row_order("x.q_proj.weight", "qwen2", config, 12) is None
+
+
+@pytest.mark.parametrize("value", [2.5, -1, float("inf"), True, np.arange(2), "2"])
+def test_a_size_that_is_no_whole_number_is_named(value):
+    metadata = {"general.architecture": "llama", "llama.embedding_length": 8}
+    shapes = {"token_embd.weight": (4, 8)}
+    config, _ = config_of(metadata | {"llama.attention.head_count": 2}, shapes)
+    assert config["num_attention_heads"] == 2
+    with pytest.raises(ValueError, match="head_count must be a whole number"):
+        config_of(metadata | {"llama.attention.head_count": value}, shapes)
+    with pytest.raises(ValueError, match="the size of a head must be a whole number"):
+        config_of(
+            metadata
+            | {"llama.attention.head_count": 2, "llama.rope.dimension_count": value},
+            shapes,
+        )
