@@ -217,6 +217,14 @@ def test_load_on_a_mesh_reads_the_parts_of_a_process(files):
         assert result["bytes read"] == w.nbytes // 2
 
 
+def test_a_decoder_is_read_by_all_processes(files):
+    model, _ = jaxq.models.load(worker.TINY_LLAMA)
+    assert difference(files, "logits", model(worker.TOKENS)) < 1e-4
+    rows, columns = model.layers[0].mlp.down_proj.kernel.shape
+    for result in files.results:
+        assert result["kernel part"] == [rows // 2, columns // 2]
+
+
 def test_every_process_raises_if_one_cannot_read_its_part(files):
     first, second = files.results
     path = str(files.folder / "damaged")

@@ -30,6 +30,9 @@ import jaxq
 from tests.sharding.launch import LIMIT, end_with_parent
 
 RULES = {"up/kernel": P(None, "t"), "down/kernel": P("t", None), "**": P()}
+TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny_llama"
+DECODER_RULES = {"**/*_proj/kernel": P("d", "t"), "**": P()}
+TOKENS = np.arange(32, dtype=np.int32).reshape(4, 8) + 1
 TREE_RULES = {"w": P("d", "t"), "experts": P("d", None, "t"), "b": P()}
 TREE_RECIPE = jaxq.Recipe(
     [jaxq.Rule("experts", weight="int4", batch=(0,)), jaxq.Rule("w", weight="int4")]
@@ -266,6 +269,7 @@ def work_with_files(worker: Worker) -> None:
     work_with_explicit_axes(worker)
     files = Files(worker)
     load_on_mesh(files)
+    load_a_decoder(worker)
     refuse_damage(files)
     refuse_to_save(files)
     count_bytes_on_devices(files)
@@ -315,6 +319,15 @@ def load_on_mesh(files: Files) -> None:
     worker.results["bytes read"] = sum(num_bytes) - header
     worker.keep("loaded on a mesh", loaded)
     worker.results["part"] = list(loaded["w"].addressable_shards[0].data.shape)
+
+
+def load_a_decoder(worker: Worker) -> None:
+    """A Hugging Face directory, of which each process reads its parts."""
+    model, _ = jaxq.models.load(TINY_LLAMA, mesh=worker.mesh, rules=DECODER_RULES)
+    kernel = model.layers[0].mlp.down_proj.kernel[...]
+    worker.results["kernel part"] = list(kernel.addressable_shards[0].data.shape)
+    tokens = sharded(TOKENS, worker.mesh, "d")
+    worker.keep("logits", nnx.jit(lambda model, tokens: model(tokens))(model, tokens))
 
 
 def refuse_damage(files: Files) -> None:
