@@ -1,4 +1,4 @@
-"""Quantization-aware and low-precision training of Flax linen modules.
+"""Quantization-aware and low-precision training, and LoRA, of Flax linen modules.
 
 The functions are those of `jaxq.training`. They take a module and its variables instead
 of a model. Weights in "params" become `TrainedWeight`s, which hold the floats and the
@@ -39,13 +39,25 @@ from jaxq.training._ranges import Ranges, as_ranges
 from jaxq.training._restore import restore_floats
 from jaxq.training._schedule import Schedule
 from jaxq.training._weights import trained_weights
+from jaxq.training.lora.linen import (
+    LoRAModule,
+    add_lora,
+    lora_mask,
+    merge_lora,
+    partition_lora,
+)
 
 __all__ = [
+    "LoRAModule",
     "LowPrecisionModule",
     "Prepared",
+    "add_lora",
     "convert",
     "dot_general_cls",
+    "lora_mask",
     "low_precision",
+    "merge_lora",
+    "partition_lora",
     "prepare",
 ]
 

@@ -249,6 +249,17 @@ def test_errors(change, error, text):
         training.add_lora(quantized(), **change)
 
 
+def test_layers_of_other_kinds_are_left_out():
+    model = nnx.Sequential(
+        nnx.Conv(64, 64, (3,), rngs=nnx.Rngs(0)), nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    )
+    lora = training.add_lora(model)
+    names = ["layers/1/dot_general/lora_a", "layers/1/dot_general/lora_b"]
+    assert adapter_paths(lora) == names
+    with pytest.raises(ValueError, match="layers/0: jaxq has no adapter for Conv"):
+        training.add_lora(model, targets="layers/0")
+
+
 def test_layers_that_cannot_have_an_adapter():
     with pytest.raises(TypeError, match=r"use jaxq.training.linen.add_lora"):
         training.add_lora({"w": X})

@@ -217,6 +217,9 @@ def target_layers(
       ValueError: a pattern matches no layer, or a layer cannot have an adapter.
     """
     layers = list(find_layers(model))
+    if targets is None:
+        # A model of other layers only keeps them, for an error that says why.
+        layers = [x for x in layers if x.kind.hook in HOOKS] or layers
     paths = [(layer.path, layer.kind.name) for layer in layers]
     chosen = chosen_paths(paths, targets, caller)
     normalized = normalized_layers(model)

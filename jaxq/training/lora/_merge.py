@@ -58,8 +58,9 @@ def merge_lora(model: nnx.Module, *, requantize: Any = False) -> Any:
 
     Raises:
       TypeError: `model` is not an nnx module.
-      ValueError: the model has no adapter; or `requantize` is True, and a weight with
-        an adapter is not quantized.
+      ValueError: the model has no adapter; `requantize` is True, and a weight with an
+        adapter is not quantized; or `requantize` is a recipe, and its rules match a
+        layer without an adapter that is quantized already.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -132,7 +132,7 @@ class LoRAProduct(nnx.Module):
         x, weight = args[position : position + 2]
         a = self.lora_a.get_value().astype(x.dtype)
         b = self.lora_b.get_value().astype(x.dtype)
-        multiply = _dot if self.hook == "dot_general" else _einsum
+        multiply = dot_change if self.hook == "dot_general" else _einsum
         change = multiply(
             self.axes,
             self._with_dropout(x),
@@ -213,7 +213,7 @@ def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
     return alpha / rank**0.5 if rslora else alpha / rank
 
 
-def _dot(
+def dot_change(
     axes: AdapterAxes,
     x: jax.Array,
     a: jax.Array,
