@@ -58,7 +58,7 @@ def quantization_entries(model: Any) -> dict[str, Any]:
     Args:
         model: a quantized model.
     """
-    norm = model.embed_norm if isinstance(model, Encoder) else model.norm
+    norm: Any = model.embed_norm if isinstance(model, Encoder) else model.norm
     dtype = jnp.dtype(norm.scale.dtype).name
     quantization = {
         "quant_method": _METHOD,
