@@ -69,6 +69,7 @@ _POOLINGS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_cls_token": "cls",
 }
+_POOLING_FOLDER = "1_Pooling"
 _EMBEDDING_PATH = ("embed_tokens", "embedding")
 
 
@@ -222,7 +223,7 @@ def _check_unchanged(path: Path, config_text: str) -> None:
 
 def save(
     path: str | Path,
-    model: Decoder,
+    model: Decoder | Encoder,
     *,
     tokenizer: Any = None,
     dtype: Any = jnp.bfloat16,
@@ -231,7 +232,8 @@ def save(
     """Writes a directory that `load` and `transformers` read.
 
     Writes `config.json` and `model.safetensors`. With a tokenizer it also writes
-    `tokenizer.json` and `tokenizer_config.json`. The weights of a quantized model are
+    `tokenizer.json` and `tokenizer_config.json`, and for an `Encoder` the files of
+    sentence-transformers that hold its pooling. The weights of a quantized model are
     written as `jaxq.save` writes them, and `config.json` says so. `load` reads them,
     and `transformers` refuses them. If the write fails, the old files stay as they
     were. If the process is killed while the new files take their places, the
@@ -242,13 +244,13 @@ def save(
         path: the directory. It is made if it does not exist. Files of these names in
             it are overwritten. A `model.safetensors.index.json` is removed, because it
             names the weights of an earlier model.
-        model: a `Decoder` with float or quantized weights.
+        model: a `Decoder` or an `Encoder` with float or quantized weights.
         tokenizer: a `tokenizers.Tokenizer`, or None to write no tokenizer.
         dtype: the tensors are rounded to it. A quantized model keeps its dtypes.
         **config: more entries of `config.json`, such as `eos_token_id=0`.
 
     Raises:
-        ValueError: the parameters are not those of a `Decoder`; no Hugging Face
+        ValueError: the parameters are not those of the model's class; no Hugging Face
             architecture has the features of its config; or a layer transforms its
             inputs (`rotate` with `online=`), because the files cannot express that. A
             quantized model can have the transform `jaxq.methods.hadamard`;
@@ -291,9 +293,12 @@ def save(
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
         texts["tokenizer_config.json"] = _json_text(_TOKENIZER_CONFIG)
+    if isinstance(model, Encoder):
+        texts |= _pooling_files(model.config)
     path = Path(path)
     with naming_errors(path, _SAVE, "the directory cannot be written"):
-        path.mkdir(parents=True, exist_ok=True)
+        for name in texts:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
         write_directory(path, {SINGLE: lambda: tensors}, texts, _SAVE, metadata)
 
 
@@ -361,20 +366,21 @@ def _model_on_mesh(
 
 
 def _file_tensors(
-    model: Decoder, naming: Naming, dtype: np.dtype
+    model: Decoder | Encoder, naming: Naming, dtype: np.dtype
 ) -> dict[str, np.ndarray]:
     """The parameters of a model as the tensors of a file.
 
     Raises:
-        ValueError: the parameters are not those of a float Decoder with this config.
+        ValueError: the parameters are not those of a float model with this config.
     """
     expected = tensor_map(model.config, naming)
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     different = sorted(".".join(map(str, path)) for path in flat.keys() ^ set(expected))
     if different:
         raise ValueError(
-            "jaxq.models.save: the parameters differ from those of a float Decoder in "
-            f"{', '.join(different)}. Use jaxq.save for a model with other parameters."
+            "jaxq.models.save: the parameters differ from those of a float "
+            f"{type(model).__name__} in {', '.join(different)}. Use jaxq.save for a "
+            "model with other parameters."
         )
     tensors: dict[str, np.ndarray] = {}
     for path, parts in expected.items():
@@ -451,6 +457,30 @@ def _pooling(file: Path) -> str:
             f"{', '.join(_POOLINGS)}"
         )
     return _POOLINGS[modes[0]]
+
+
+def _pooling_files(config: EncoderConfig) -> dict[str, str]:
+    """The files of sentence-transformers that say how a text becomes one vector."""
+    kinds = {"": "Transformer", _POOLING_FOLDER: "Pooling"}
+    if config.normalizes:
+        kinds["2_Normalize"] = "Normalize"
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": folder,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, (folder, kind) in enumerate(kinds.items())
+    ]
+    pooling: dict[str, Any] = {
+        mode: name == config.pooling for mode, name in _POOLINGS.items()
+    }
+    pooling["word_embedding_dimension"] = config.hidden_size
+    return {
+        "modules.json": json.dumps(modules, indent=2) + "\n",
+        f"{_POOLING_FOLDER}/{CONFIG}": _json_text(pooling),
+    }
 
 
 def _read_optional_json(path: Path) -> Any:

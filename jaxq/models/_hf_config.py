@@ -125,6 +125,20 @@ def read_encoder_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_encoder_entries(config: Any) -> dict[str, Any]:
+    """The dict of a `config.json` for an `EncoderConfig`."""
+    return {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        **{key: getattr(config, key) for key in _SIZES},
+        "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_act": _HF_ACTIVATIONS[config.activation],
+        **_BERT_VALUES,
+    }
+
+
 # Keys that change a BERT, with the value that is supported.
 _BERT_VALUES = {
     "position_embedding_type": "absolute",

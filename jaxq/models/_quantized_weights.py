@@ -27,6 +27,8 @@ from jaxq.files import CONFIG, TensorFile, is_file, parse_json, read_text
 from jaxq.io import load
 from jaxq.methods import hadamard
 from jaxq.models._stacking import stacked, unrolled
+from jaxq.models.decoder import DecoderConfig
+from jaxq.models.encoder import Encoder, EncoderConfig
 from jaxq.nn.layers import TransformInput, input_transforms
 from jaxq.qtensor import QTensor
 from jaxq.sharding import Rules
@@ -56,12 +58,12 @@ def quantization_entries(model: Any) -> dict[str, Any]:
     Args:
         model: a quantized model.
     """
-    scale: Any = model.norm.scale
-    dtype = jnp.dtype(scale.dtype).name
+    norm: Any = model.embed_norm if isinstance(model, Encoder) else model.norm
+    dtype = jnp.dtype(norm.scale.dtype).name
     quantization = {
         "quant_method": _METHOD,
         "dtype": dtype,
-        "scan_layers": model.config.scan_layers,
+        "scan_layers": _has_stacked_layers(model.config),
         "rotated_inputs": [path for path, _ in _transformed_layers(model)],
     }
     return {"dtype": dtype, "quantization_config": quantization}
@@ -149,20 +151,27 @@ def read_quantized(
             f"is {jnp.dtype(dtype).name}. Leave dtype out, or quantize the float model "
             "again in the other dtype."
         )
-    is_stacked = quantization["scan_layers"]
-    if mesh is not None and config.scan_layers != is_stacked:
+    is_stacked, wants_stack = quantization["scan_layers"], _has_stacked_layers(config)
+    if mesh is not None and wants_stack != is_stacked:
         raise ValueError(
             f"jaxq.models.load: {path} was saved with scan_layers={is_stacked}. On a "
             f"mesh, load it with scan_layers={is_stacked}."
         )
-    own_config = dataclasses.replace(config, scan_layers=is_stacked)
+    own_config = config
+    if wants_stack != is_stacked:
+        own_config = dataclasses.replace(config, scan_layers=is_stacked)
     _check_num_layers(path, own_config)
     template = abstract_model(own_config, stored_dtype)
     _transform_inputs(template, quantization["rotated_inputs"], path)
     model = load(path, into=template, mesh=mesh, rules=rules, verify=verify)
-    if config.scan_layers == is_stacked:
+    if wants_stack == is_stacked:
         return model
     return unrolled(model) if is_stacked else stacked(model)
+
+
+def _has_stacked_layers(config: DecoderConfig | EncoderConfig) -> bool:
+    """Whether one scan runs the layers. Those of an `Encoder` are always in a list."""
+    return isinstance(config, DecoderConfig) and config.scan_layers
 
 
 def _check_num_layers(path: Path, config: Any) -> None:
@@ -172,7 +181,8 @@ def _check_num_layers(path: Path, config: Any) -> None:
     """
     with TensorFile(path, "jaxq.models.load", verify=False) as file:
         num_tensors = len(file.headers)
-    if not config.scan_layers and config.num_hidden_layers > num_tensors:
+    is_list = not _has_stacked_layers(config)
+    if is_list and config.num_hidden_layers > num_tensors:
         raise ValueError(
             f"jaxq.models.load: num_hidden_layers is {config.num_hidden_layers} in "
             f"config.json, and {path} has {num_tensors} tensors. Use the config.json "

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.models._hf_config import read_encoder_entries
+from jaxq.models._hf_config import read_encoder_entries, write_encoder_entries
 from jaxq.models._layers import ACTIVATIONS, linear, output_std
 
 __all__ = ["Encoder", "EncoderConfig"]
@@ -115,6 +115,21 @@ class EncoderConfig:
             512
         """
         return cls(**read_encoder_entries(config), **options)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict of a `config.json` that `transformers` reads as the same model.
+
+        The dict has no `pooling` and no `normalizes`: other files hold them.
+
+        Example:
+            >>> from jaxq.models import EncoderConfig
+            >>> config = EncoderConfig(vocab_size=64, hidden_size=32,
+            ...                        intermediate_size=48, num_hidden_layers=1,
+            ...                        num_attention_heads=2)
+            >>> EncoderConfig.from_hf(config.to_hf()) == config
+            True
+        """
+        return write_encoder_entries(self)
 
 
 class Encoder(nnx.Module):

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import jaxq
-from jaxq.models import Encoder, EncoderConfig, load
+from jaxq.models import Encoder, EncoderConfig, load, save
 from tests import tables
 from tests.contracts import minilm
 from tests.contracts.test_minilm import REASON as MINILM_REASON
@@ -111,6 +112,37 @@ def test_a_quantized_encoder_is_close():
     tokens, mask = batch()
     exact, found = (np.asarray(embed(m, tokens, mask)) for m in (model, qmodel))
     assert 0 < np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def saved_and_loaded(path, model):
+    """The model of a directory of `save`; its config and arrays are those of model."""
+    save(path, model, dtype=jnp.float32)
+    again, _ = load(path)
+    assert again.config == model.config
+    assert jax.tree.structure(nnx.state(again)) == jax.tree.structure(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+    return again
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_transformers_reads_a_saved_encoder(torch, transformers, pooling, tmp_path):
+    config = EncoderConfig(
+        **SIZES, pooling=pooling, normalizes=pooling == "cls", activation="gelu_tanh"
+    )
+    model = Encoder(config, rngs=nnx.Rngs(0))
+    saved_and_loaded(tmp_path, model)
+    peer = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    tokens, mask = batch()
+    expected = hidden(torch, peer, tokens, mask)
+    found = np.asarray(run(model, tokens, mask))
+    np.testing.assert_allclose(found[mask], expected[mask], atol=2e-4, rtol=0)
+
+
+def test_a_quantized_encoder_is_saved(tmp_path):
+    model = Encoder(EncoderConfig(**SIZES, pooling="max"), rngs=nnx.Rngs(0))
+    qmodel, _ = jaxq.quantize_model(model, "int8")
+    again = saved_and_loaded(tmp_path, qmodel)
+    assert isinstance(again.layers[0].mlp.up_proj.kernel[...], jaxq.QTensor)
 
 
 @pytest.mark.parametrize(
