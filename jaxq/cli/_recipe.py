@@ -37,7 +37,7 @@ def has_methods(recipe: Recipe) -> bool:
 
 def rounding_to_nearest(recipe: Recipe) -> Recipe:
     """The recipe that gives the same formats and scales without data."""
-    return Recipe([_nearest(rule) for rule in recipe.rules])
+    return Recipe(tuple(_nearest(rule) for rule in recipe.rules))
 
 
 def _nearest(rule: Rule) -> Rule:

@@ -164,8 +164,9 @@ def _place(name: str, parents: set[str], statistics: Statistics) -> Place | None
     for path in _paths(name, parents):
         if path in statistics:
             number = _NUMBER_OF_EXPERT.search(name)
-            is_stack = number is not None and f"/{number[1]}/" not in path
-            return Place(path, int(number[1]) if is_stack else None)
+            if number is None or f"/experts/{number[1]}/" in path:
+                return Place(path)
+            return Place(path, int(number[1]))
     return None
 
 

@@ -7,6 +7,7 @@ import pytest
 import jaxq
 from jaxq import models
 from jaxq.io import layouts, quantize_checkpoint, read_checkpoint
+from jaxq.io.checkpoint import _stream_plan
 from tests.models.test_decoder import make
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
@@ -68,3 +69,18 @@ def test_what_is_missing_is_named(calibrated, tmp_path):
             path, tmp_path, RECIPE, statistics=tmp_path / "list.safetensors"
         )
     assert not list(tmp_path.glob("model*"))
+
+
+def test_the_statistics_of_an_expert_are_a_slice(tmp_path):
+    """Layer 0 has an expert 0: the numbers in a path are told apart."""
+    stats = {"layers/0/mlp/experts/gate_proj": {}, "layers/0/self_attn/q_proj": {}}
+    prefix = "model.layers.0"
+    place = {
+        f"{prefix}.block_sparse_moe.experts.0.w1.weight": 0,
+        f"{prefix}.mlp.experts.2.gate_proj.weight": 2,
+        f"{prefix}.self_attn.q_proj.weight": None,
+    }
+    for name, expert in place.items():
+        found = _stream_plan._place(name, set(), stats)
+        assert found is not None
+        assert found.expert == expert
