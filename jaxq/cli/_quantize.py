@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from jaxq import io, models, nn
+from jaxq import io, models, nn, recipes
 from jaxq.cli import _options, _output, _recipe, _statistics_file, _texts
 from jaxq.cli._new_output import check_output, write_model
 from jaxq.recipes import Recipe
@@ -99,15 +100,13 @@ def quantize(
     """
     start = time.perf_counter()
     recipe = _recipe.read_recipe(recipe_text)
-    has_data = bool(calibration) or statistics_path is not None
     if stream:
-        if has_data or target_bits is not None or overwrite or report:
+        if calibration or target_bits is not None or overwrite or report:
             raise click.UsageError(
-                "--stream reads no data, replaces nothing and measures nothing. Leave "
-                "out --calibration, --statistics, --target-bits, --overwrite and "
-                "--report."
+                "--stream reads no text, replaces nothing and measures nothing. Leave "
+                "out --calibration, --target-bits, --overwrite and --report."
             )
-        _stream(source, recipe, out, format_name, as_json)
+        _stream(source, recipe, out, format_name, statistics_path, as_json)
         return
     check_output(out, overwrite, format_name)
     _check_data(recipe, recipe_text, calibration, statistics_path, target_bits)
@@ -125,8 +124,10 @@ def quantize(
         tokens = _texts.read_tokens(tokenizer, calibration)
         batches = _texts.calibration_batches(tokens, window, samples, batch_size)
     chosen = None
+    names = [name.strip() for name in choices.split(",")] if target_bits else []
+    tried = [recipes.get(name) for name in names] or [recipe]
+    _check_format(model, source, tried, out, format_name)
     if target_bits is not None:
-        names = [name.strip() for name in choices.split(",")]
         recipe, chosen = _recipe.with_budget(recipe, model, target_bits, names, batches)
     qmodel, result = nn.quantize_model(model, recipe, calibration=batches)
     write_model(out, qmodel, tokenizer, format_name, source)
@@ -141,8 +142,39 @@ def quantize(
     click.echo(f"\nwrote {out} in {seconds:.0f} s")
 
 
+def _check_format(
+    model: Any, source: Path, tried: list[Recipe], out: Path, format_name: str
+) -> None:
+    """Raises before the long work if the library cannot hold the result.
+
+    The weights are rounded to nearest, and written beside the output for a moment.
+
+    Raises:
+        click.UsageError: a recipe has static ranges, which only jaxq's format has.
+        ValueError: the format cannot hold a weight.
+    """
+    if format_name in (_options.OWN_FORMAT, "hf"):
+        return
+    for recipe in tried:
+        if any(rule.observer is not None for rule in recipe.rules):
+            raise click.UsageError(
+                f"--format {format_name} has no static ranges of inputs. Use a recipe "
+                "without observer=, such as w8a8, or leave --format out."
+            )
+        if not _recipe.has_methods(recipe) and len(tried) == 1:
+            continue  # the weights are only rounded anyway
+        rounded, _ = nn.quantize_model(model, _recipe.rounding_to_nearest(recipe))
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".trial") as folder:
+            write_model(Path(folder) / out.name, rounded, None, format_name, source)
+
+
 def _stream(
-    source: Path, recipe: Recipe, out: Path, format_name: str, as_json: bool
+    source: Path,
+    recipe: Recipe,
+    out: Path,
+    format_name: str,
+    statistics_path: Path | None,
+    as_json: bool,
 ) -> None:
     """Quantizes parameter by parameter, into a directory that can be completed."""
     if format_name in _NOT_STREAMED:
@@ -152,8 +184,12 @@ def _stream(
         )
     if not out.parent.is_dir():
         raise click.UsageError(f"--out {out}: there is no directory {out.parent}.")
+    if statistics_path is not None:
+        _statistics_file.check_source(statistics_path, source)
     start = time.perf_counter()
-    formats = io.quantize_checkpoint(source, out, recipe, format=format_name)
+    formats = io.quantize_checkpoint(
+        source, out, recipe, format=format_name, statistics=statistics_path
+    )
     seconds = time.perf_counter() - start
     if as_json:
         _output.print_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from jaxq import methods, nn, recipes
+from jaxq.qtensor import QuantSpec
 from jaxq.recipes import Recipe, Rule
 
 
@@ -25,6 +27,28 @@ def read_recipe(text: str) -> Recipe:
         return Recipe.from_dict(json.loads(Path(text).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise click.UsageError(f"--recipe {text}: {error}") from error
+
+
+def has_methods(recipe: Recipe) -> bool:
+    """True if a method of a recipe does more than round each weight to nearest."""
+    records = [methods.get(rule.method) for rule in recipe.rules]
+    return any(record.solve or record.folding for record in records)
+
+
+def rounding_to_nearest(recipe: Recipe) -> Recipe:
+    """The recipe that gives the same formats and scales without data."""
+    return Recipe(tuple(_nearest(rule) for rule in recipe.rules))
+
+
+def _nearest(rule: Rule) -> Rule:
+    if rule.skip:
+        return rule
+    weight, options = rule.weight, dict(rule.options)
+    if isinstance(weight, QuantSpec):
+        weight = methods.get(rule.method).nearest_spec(weight, options)
+    return dataclasses.replace(
+        rule, weight=weight, method="rtn", options=(), correct_bias=False
+    )
 
 
 def needs_data(recipe: Recipe) -> bool:

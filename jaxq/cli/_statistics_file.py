@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import click
 
-from jaxq import io, observers
+from jaxq import io, models, observers
 from jaxq.nn.calibration import as_stats
 from jaxq.observers import LayerStats, Observer, empty_stats, merge_stats
+from jaxq.serialization import open_dict
 
 _KIND = "statistics"
 _FIELDS = {"kind", "model", "sources", "tokens", "observer", "layers"}
@@ -47,7 +48,11 @@ class Statistics(NamedTuple):
 
 def digest(model: Any) -> str:
     """A digest of the config of a model."""
-    config = dataclasses.asdict(model.config)
+    return _digest_of(model.config)
+
+
+def _digest_of(config: Any) -> str:
+    config = dataclasses.asdict(config)
     for name in _IGNORED:
         config.pop(name, None)
     text = json.dumps(config, sort_keys=True, default=str)
@@ -76,10 +81,7 @@ def read(path: Path) -> Statistics:
     """
     tree = io.load(path)
     if not isinstance(tree, dict) or set(tree) != _FIELDS or tree["kind"] != _KIND:
-        raise ValueError(
-            f"{path} has no calibration statistics. Make such a file with "
-            "`jaxq statistics collect`."
-        )
+        raise _no_statistics(path)
     try:
         return _from_tree(tree)
     except (TypeError, ValueError) as error:
@@ -137,7 +139,36 @@ def merge(parts: Sequence[Statistics], paths: Sequence[Path]) -> Statistics:
 def check_model(statistics: Statistics, path: Path, model: Any) -> None:
     """Raises click.UsageError if the statistics are of another model."""
     if statistics.model != digest(model):
-        raise click.UsageError(
-            f"--statistics {path}: these are statistics of a model with another "
-            "config. Collect them for this model."
-        )
+        raise _other_model(path)
+
+
+def check_source(path: Path, source: Path) -> None:
+    """As `check_model` for a file that is too large for the memory, and a directory.
+
+    Raises:
+        click.UsageError: the statistics are of another model.
+        ValueError: the file holds something else.
+    """
+    with open_dict(path, "jaxq") as contents:
+        if set(contents) != _FIELDS or contents["kind"] != _KIND:
+            raise _no_statistics(path)
+        stated = contents["model"]
+    with io.read_checkpoint(source) as checkpoint:
+        entries = dict(checkpoint.config)
+    entries.pop("quantization_config", None)
+    if stated != _digest_of(models.DecoderConfig.from_hf(entries)):
+        raise _other_model(path)
+
+
+def _no_statistics(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} has no calibration statistics. Make such a file with "
+        "`jaxq statistics collect`."
+    )
+
+
+def _other_model(path: Path) -> click.UsageError:
+    return click.UsageError(
+        f"--statistics {path}: these are statistics of a model with another config. "
+        "Collect them for this model."
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxq.files._checksums import checksums_of, with_texts
+from jaxq.files._checksums import CHUNK, checksum, checksums_of, with_texts
 from jaxq.files._new_file import NewFile
 from jaxq.files._write_tensors import check_name, dtype_name, tensor_bytes
 
@@ -41,6 +41,8 @@ class TensorStream:
         self._entries: dict[str, Any] = {}
         self._texts: dict[str, str] = {}
         self._last: dict[str, np.ndarray] = {}
+        self._growing: _GrowingTensor | None = None
+        self._waiting: dict[str, list[np.ndarray]] = {}
         file.write(bytes(8 + self._reserved))
 
     def add(self, name: str, tensor: np.ndarray) -> None:
@@ -50,6 +52,34 @@ class TensorStream:
             self._last[name] = tensor
         else:
             self._write(name, tensor)
+
+    def add_rows(self, name: str, rows: np.ndarray, num_rows: int) -> None:
+        """Appends rows of a tensor: a part of its first axis, in their order.
+
+        One tensor grows in the file. The rows of tensors that come meanwhile wait in
+        memory. So the largest tensor should come first.
+
+        Args:
+          name: of the tensor.
+          rows: the next rows.
+          num_rows: of the whole tensor.
+        """
+        check_name(name)
+        row_bytes = rows.nbytes // max(1, len(rows))
+        is_first = self._growing is None and name not in self._waiting
+        if is_first and num_rows * row_bytes % _ALIGNMENT == 0:
+            shape = [num_rows, *rows.shape[1:]]
+            self._growing = _GrowingTensor(name, dtype_name(rows), shape)
+        if self._growing is not None and self._growing.name == name:
+            data = tensor_bytes(rows)
+            self._growing.add(data)
+            self._file.write(data)
+            if self._growing.num_rows(row_bytes) == num_rows:
+                self._complete(self._growing)
+        else:
+            self._waiting.setdefault(name, []).append(rows)
+        if self._growing is None:
+            self._add_waiting(num_rows)
 
     def finish(self, metadata: Mapping[str, str]) -> bytes:
         """Writes the last tensors and the header, and returns the header."""
@@ -70,6 +100,24 @@ class TensorStream:
         self._file.write_start(self._reserved.to_bytes(8, "little") + header)
         return header
 
+    def _complete(self, tensor: _GrowingTensor) -> None:
+        """Lists a tensor whose rows are all in the file."""
+        start, self._end = self._end, self._end + tensor.num_bytes
+        self._entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [start, self._end],
+        }
+        self._texts[tensor.name] = tensor.checksums()
+        self._growing = None
+
+    def _add_waiting(self, num_rows: int) -> None:
+        """Adds the tensors whose rows are all in memory."""
+        for name, parts in list(self._waiting.items()):
+            if sum(map(len, parts)) == num_rows:
+                del self._waiting[name]
+                self.add(name, np.concatenate(parts))
+
     def _write(self, name: str, tensor: np.ndarray) -> None:
         dtype, shape = dtype_name(tensor), list(tensor.shape)
         data = tensor_bytes(tensor)
@@ -78,3 +126,42 @@ class TensorStream:
         self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
         self._texts[name] = checksums_of(name, dtype, shape, data)
         self._file.write(data)
+
+
+class _GrowingTensor:
+    """A tensor that is written in parts, with the checksums of its chunks.
+
+    Attributes:
+      name: of the tensor.
+      dtype: its name in the file.
+      shape: of the whole tensor.
+      num_bytes: that were added.
+    """
+
+    def __init__(self, name: str, dtype: str, shape: list[int]):
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self.num_bytes = 0
+        self._texts: list[str] = []
+        self._rest = bytearray()  # the part of a chunk that is not complete
+
+    def add(self, data: memoryview) -> None:
+        """Counts the next bytes."""
+        self.num_bytes += len(data)
+        self._rest += data
+        num_whole = len(self._rest) // CHUNK
+        for _ in range(num_whole):
+            self._texts.append(self._checksum(self._rest[:CHUNK]))
+            del self._rest[:CHUNK]
+
+    def num_rows(self, row_bytes: int) -> int:
+        """How many rows were added."""
+        return self.num_bytes // max(1, row_bytes)
+
+    def checksums(self) -> str:
+        """As `checksums_of` the whole tensor."""
+        last = [self._checksum(self._rest)] if self._rest else []
+        return "".join([*self._texts, *last])
+
+    def _checksum(self, chunk: bytearray) -> str:
+        number = len(self._texts)
+        return checksum(self.name, self.dtype, self.shape, number, memoryview(chunk))

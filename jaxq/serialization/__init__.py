@@ -22,6 +22,8 @@ from jaxq.serialization._description import describe_contents as describe_conten
 from jaxq.serialization._description import shapes_of as shapes_of
 from jaxq.serialization._numpy import tree_from_numpy as tree_from_numpy
 from jaxq.serialization._numpy import tree_to_numpy as tree_to_numpy
+from jaxq.serialization._open_dict import OpenDict as OpenDict
+from jaxq.serialization._open_dict import open_dict as open_dict
 from jaxq.serialization._read_shards import Index as Index
 from jaxq.serialization._read_shards import read_shards as read_shards
 

@@ -97,6 +97,45 @@ def test_a_stream_is_that_of_quantize_checkpoint(run, model_dir, tmp_path):
     assert run(*words, "--target-bits", "4").code == 2
 
 
+def test_a_stream_with_statistics(run, model_dir, text, tmp_path):
+    stats = tmp_path / "stats.safetensors"
+    words = ["--text", text, "--context", "16", "--out", stats]
+    assert run("statistics", "collect", model_dir, *words).code == 0
+    words = ["--recipe", "int4_gptq", "--statistics", stats]
+    words += ["--format", "compressed-tensors"]
+    result = run("quantize", model_dir, *words, "--out", tmp_path / "a")
+    assert result.code == 0, result.err
+    result = run("quantize", model_dir, *words, "--stream", "--out", tmp_path / "b")
+    assert result.code == 0, result.err
+    assert (logits(tmp_path / "a") == logits(tmp_path / "b")).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fmt", "message"),
+    [
+        ("int4_gptq", "modelopt", "cannot hold these weights"),
+        ("w8a8_static", "compressed-tensors", "has no static ranges of inputs"),
+    ],
+)
+def test_a_format_is_refused_before_the_calibration(
+    run, model_dir, text, tmp_path, monkeypatch, recipe, fmt, message
+):
+    calls = []
+    quantize_model = jaxq.nn.quantize_model
+
+    def recorded(*args, **options):
+        calls.append(options)
+        return quantize_model(*args, **options)
+
+    monkeypatch.setattr(jaxq.nn, "quantize_model", recorded)
+    words = ["--recipe", recipe, "--calibration", text, "--format", fmt]
+    result = run("quantize", model_dir, *words, "--out", tmp_path / "out")
+    assert result.code != 0
+    assert message in result.err
+    assert not any("calibration" in options for options in calls)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

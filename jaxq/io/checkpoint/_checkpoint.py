@@ -108,6 +108,17 @@ class Checkpoint(Mapping[str, Any]):
             self._caller, self._known_shapes, dequantize=self._dequantize
         )
 
+    def read_slice(self, name: str, number: int) -> jax.Array | np.ndarray:
+        """One matrix of a stack of matrices in floats: `checkpoint[name][number]`.
+
+        Only this matrix is read.
+
+        Raises:
+          KeyError: there is no parameter with this name.
+          ValueError: as `checkpoint[name]`.
+        """
+        return self._parameters[name].read_slice(number, self._caller)
+
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of each file, by name."""
         files = {

@@ -130,8 +130,14 @@ def _stored(file: TensorFile, name: str, caller: str) -> StoredTensor:
             f"{caller}: {file.path}: {name} holds {header.dtype}, which jaxq does not "
             "read."
         )
-    read = functools.partial(file.read, name)
-    return StoredTensor(file.path, name, header.shape, DTYPES[header.dtype], read)
+    return StoredTensor(
+        file.path,
+        name,
+        header.shape,
+        DTYPES[header.dtype],
+        functools.partial(file.read, name),
+        functools.partial(file.read_rows, name),
+    )
 
 
 def _modules(files: Mapping[str, TensorFile], scheme: Scheme) -> list[str]:

@@ -68,8 +68,8 @@ def export(
       path: the directory. It is made if it does not exist. For "gguf", the file, whose
         name ends with ".gguf".
       format: "awq", "bitsandbytes", "compressed-tensors", "fp8" (in blocks), "gguf",
-        "gptq" or "modelopt" (NVFP4); or "hf" for floats, where QTensors are
-        dequantized.
+        "gptq", "modelopt" (NVFP4) or "mxfp4" (only the stacks of experts of an open
+        checkpoint); or "hf" for floats, where QTensors are dequantized.
       tokenizer: a `tokenizers.Tokenizer`, or None. The files of the tokenizer of a
         checkpoint are copied.
       shard_bytes: a weight file has at most so many bytes, or one parameter.
@@ -171,6 +171,8 @@ def tensors_of(
         return {name: np.asarray(value)}, None
     if kind is None:
         return {name: np.asarray(dequantize(value))}, None
+    if kind.has_stacks:
+        return _tensors_of_stack(name, value, kind, convert)
     if not name.endswith(_WEIGHT):
         raise ValueError("the format only has weights of linear layers")
     if is_table(name):
@@ -183,6 +185,20 @@ def tensors_of(
     arrays, settings = convert(layout, value.swapaxes(-1, -2))
     module = name.removesuffix(_WEIGHT)
     tensors = {f"{module}.{key}": np.asarray(array) for key, array in arrays.items()}
+    return tensors, WeightSettings(settings, inputs)
+
+
+def _tensors_of_stack(
+    name: str, value: QTensor, kind: Target, convert: Convert
+) -> tuple[dict[str, np.ndarray], WeightSettings]:
+    """`tensors_of` a stack of experts `[*experts, in, out]`."""
+    if name.endswith(_WEIGHT):
+        raise ValueError(
+            "the format only has stacks of experts. Leave other weights in floats"
+        )
+    inputs = kind.inputs(value)
+    arrays, settings = convert(layout_for(value, kind.layouts), value)
+    tensors = {f"{name}_{key}": np.asarray(array) for key, array in arrays.items()}
     return tensors, WeightSettings(settings, inputs)
 
 

@@ -28,6 +28,7 @@ class StoredTensor(NamedTuple):
       shape: as `read` returns it.
       dtype: as `read` returns it.
       read: reads it.
+      read_rows: reads the rows from a start to a stop. None reads all rows for it.
     """
 
     file: Path
@@ -35,11 +36,18 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
         """The number of bytes of the array."""
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+
+    def read_row(self, number: int) -> np.ndarray:
+        """One entry of the first axis."""
+        if self.read_rows is None:
+            return self.read()[number]
+        return self.read_rows(number, number + 1)[0]
 
 
 class Inputs(NamedTuple):
@@ -92,6 +100,20 @@ class Parameter(NamedTuple):
             (array,) = arrays.values()
             return array
         return self._converted(arrays, caller, dequantize)
+
+    def read_slice(self, number: int, caller: str) -> jax.Array | np.ndarray:
+        """One matrix of a stack, in floats.
+
+        Raises:
+          ValueError: as `read`.
+        """
+        arrays = {
+            name: tensor.read_row(number) for name, tensor in self.tensors.items()
+        }
+        if self.layout is None:
+            (array,) = arrays.values()
+            return array
+        return self._converted(arrays, caller, dequantize=True)
 
     def eval_shape(
         self, caller: str, known: dict[Any, Any], *, dequantize: bool

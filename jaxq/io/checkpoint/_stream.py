@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ from jaxq.io.checkpoint._export import (
 )
 from jaxq.io.checkpoint._parts import is_table, parts_of
 from jaxq.io.checkpoint._stream_job import RECORD, Job
+from jaxq.io.checkpoint._stream_pieces import read_pieces
 from jaxq.io.checkpoint._stream_plan import (
     KINDS,
     Step,
     plan_steps,
     quantized_weight,
 )
+from jaxq.io.checkpoint._stream_statistics import Statistics
 from jaxq.io.checkpoint._targets import Target, WeightSettings, target
 from jaxq.qtensor import QuantSpec
 from jaxq.recipes import Recipe, as_recipe
@@ -60,14 +62,15 @@ def quantize_checkpoint(
     recipe: str | QuantSpec | Recipe,
     *,
     format: str = "compressed-tensors",
+    statistics: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     shard_bytes: int = _SHARD_BYTES,
     progress: bool | None = None,
 ) -> dict[str, str]:
     """Quantizes a checkpoint that may be larger than the memory.
 
-    Parameters are read, quantized and written one by one. Reading the next parameter
-    and writing the last one overlap with this. Memory holds a few times the largest
-    parameter, whatever the size of the model is.
+    Parameters are read, quantized and written one by one, and stacks of experts matrix
+    by matrix. Reading the next one and writing the last one overlap with this. Memory
+    holds about four times the largest one at most, whatever the size of the model is.
 
     If the run is killed, call the function again with the same arguments. It checks the
     hashes of the shards that are whole, and goes on with the next one. `config.json` is
@@ -77,9 +80,16 @@ def quantize_checkpoint(
       source: a directory or a GGUF file, as in `read_checkpoint`. Quantized weights are
         dequantized first.
       out: a directory, which is made if it does not exist.
-      recipe: as in `jaxq.quantize_model`, without methods and observers that need data.
-        A path is that of the module: "model/layers/0/mlp/up_proj", or without "model/".
+      recipe: as in `jaxq.quantize_model`, without observers, corrected biases, and
+        methods that move scales between layers (AWQ, SmoothQuant). A path is that of
+        the module: "model/layers/0/mlp/up_proj", or without "model/". The path of an
+        expert may leave out its number.
       format: as in `export`, without "gguf" and "hf". The specs of the recipe must fit.
+        "mxfp4" quantizes the stacks of experts of GPT-OSS, and leaves all other weights
+        in floats.
+      statistics: for methods that need data, such as GPTQ: a file of `jaxq statistics`,
+        or statistics by path, as `jaxq.nn.calibrate` returns them, or a file of
+        `jaxq.save` with these. Of a file, a few layers are in memory at a time.
       shard_bytes: each shard has the parameters of so many bytes of the source.
       progress: show a line of progress. None shows it on a terminal.
 
@@ -88,9 +98,11 @@ def quantize_checkpoint(
       as it is.
 
     Raises:
-      ValueError: the recipe is unknown, needs data, or has a rule that matches nothing;
-        a weight has a number that is not finite, or does not fit the format; the source
-        is damaged; or `out` has a checkpoint, or the record of another run.
+      FileNotFoundError: a file is missing.
+      ValueError: the recipe is unknown, needs what is not there, or has a rule that
+        matches nothing; a weight has a number that is not finite, or does not fit the
+        format; a file is damaged; or `out` has a checkpoint, or the record of another
+        run.
       OSError: a file cannot be read or written. The error names it.
 
     Example:
@@ -110,12 +122,18 @@ def quantize_checkpoint(
     recipe = as_recipe(recipe, _CALLER)
     kind = target(format, _CALLER)
     out = Path(out)
-    with read_checkpoint(source, dequantize=True, caller=_CALLER) as checkpoint:
-        steps = plan_steps(checkpoint, recipe, _CALLER)
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(
+            read_checkpoint(source, dequantize=True, caller=_CALLER)
+        )
+        stats = None
+        if statistics is not None:
+            stats = Statistics(statistics, stack, _CALLER)
+        steps = plan_steps(checkpoint, recipe, kind, stats, _CALLER)
         _try_each_shape(checkpoint, steps, kind, format)
         with naming_errors(out, _CALLER, "the directory cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
-        job = _job(checkpoint, out, recipe, format, shard_bytes)
+        job = _job(checkpoint, out, recipe, format, stats, shard_bytes)
         groups = shards({step.name: step.num_bytes for step in steps}, shard_bytes)
         names = shard_names(len(groups))
         by_name = {step.name: step for step in steps}
@@ -127,7 +145,7 @@ def quantize_checkpoint(
             finished = job.finished(name)
             if finished is None:
                 written = _write_shard(
-                    out / name, checkpoint, own_steps, kind, convert, line
+                    out / name, checkpoint, own_steps, stats, kind, convert, line
                 )
                 job.add(name, settings=_as_json(written))
             else:
@@ -137,11 +155,17 @@ def quantize_checkpoint(
         line.end()
         _finish(checkpoint, out, names, steps, settings, kind, format)
         job.end()
-    return {step.name: _outcome(step) for step in steps}
+        return {step.name: _outcome(step) for step in steps}
+    raise AssertionError  # an ExitStack does not hide errors
 
 
 def _job(
-    checkpoint: Checkpoint, out: Path, recipe: Recipe, format: str, shard_bytes: int
+    checkpoint: Checkpoint,
+    out: Path,
+    recipe: Recipe,
+    format: str,
+    stats: Statistics | None,
+    shard_bytes: int,
 ) -> Job:
     """The record of this run.
 
@@ -155,6 +179,8 @@ def _job(
         "format": format.lower().replace("-", "_"),
         "shard_bytes": shard_bytes,
     }
+    if stats is not None:
+        description["statistics"] = stats.fingerprint()
     has_checkpoint = is_file(out / CONFIG, _CALLER)
     has_record = is_file(out / RECORD, _CALLER)
     if has_checkpoint and not has_record:
@@ -190,12 +216,13 @@ def _try_each_shape(
         if step.rule is None:
             continue
         shape = checkpoint.eval_shape(step.name)
-        key = (shape.shape, str(shape.dtype), step.rule, is_table(step.name))
+        sizes = shape.shape[1:] if step.num_slices else shape.shape
+        key = (sizes, str(shape.dtype), step.rule, is_table(step.name))
         if key in tried:
             continue
         tried.add(key)
         try:
-            ones = jnp.ones(shape.shape, shape.dtype)
+            ones = jnp.ones(sizes, shape.dtype)
             tensors_of(step.name, quantized_weight(ones, step), kind)
         except ValueError as error:
             problems.append(f"{step.name}: {error}")
@@ -210,6 +237,7 @@ def _write_shard(
     path: Path,
     checkpoint: Checkpoint,
     steps: list[Step],
+    stats: Statistics | None,
     kind: Target,
     convert: Convert,
     line: _ProgressLine,
@@ -226,24 +254,28 @@ def _write_shard(
     with (
         NewFile(path, _CALLER) as file,
         _Writer() as writer,
-        contextlib.closing(_values(checkpoint, steps)) as values,
+        contextlib.closing(read_pieces(checkpoint, steps)) as values,
     ):
         stream = TensorStream(file, names, most_bytes)
-        for step, value in values:
+        for piece, value in values:
+            step = piece.step
             if step.rule is None:
                 tensors = {step.name: np.asarray(value)}
             else:
                 weight = jax.device_put(value, may_alias=True)
                 del value
-                qt = quantized_weight(weight, step)
+                qt = quantized_weight(weight, step, piece.statistics(stats))
                 del weight
                 tensors, own = tensors_of(step.name, qt, kind, convert)
                 del qt
                 assert own is not None
                 settings[step.name.removesuffix(".weight")] = own
-            writer.call(lambda tensors=tensors: _add_all(stream, tensors))
+            count = step.num_slices
+            writer.call(
+                lambda tensors=tensors, count=count: _add_all(stream, tensors, count)
+            )
             del tensors
-            line.add(step.num_bytes)
+            line.add(piece.num_bytes)
         writer.wait()
         stream.finish({"format": "pt"})
     return settings
@@ -254,49 +286,15 @@ def _names_of_tensors(step: Step, kind: Target) -> list[str]:
     return [step.name] * (1 if step.rule is None else 12)
 
 
-def _add_all(stream: TensorStream, tensors: Mapping[str, np.ndarray]) -> None:
+def _add_all(
+    stream: TensorStream, tensors: Mapping[str, np.ndarray], num_slices: int
+) -> None:
+    """Appends the tensors of a parameter, or of one matrix of a stack."""
     for name, tensor in tensors.items():
-        stream.add(name, tensor)
-
-
-def _values(
-    checkpoint: Checkpoint, steps: list[Step]
-) -> Generator[tuple[Step, Any], None, None]:
-    """Each step with its parameter. The next one is read while this one is used."""
-    ready: queue.Queue[Any] = queue.Queue()
-    slots = threading.Semaphore(1)
-    stopped = threading.Event()
-
-    def read() -> None:
-        for step in steps:
-            slots.acquire()
-            if stopped.is_set():
-                return
-            try:
-                ready.put((step, checkpoint[step.name]))
-            except BaseException as error:
-                ready.put(error)
-                return
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        for _ in steps:
-            # Without a name here, so that the caller can free the parameter.
-            yield _next(ready, slots)
-    finally:
-        stopped.set()
-        slots.release()
-        thread.join()
-
-
-def _next(ready: queue.Queue[Any], slots: threading.Semaphore) -> tuple[Step, Any]:
-    """The next step with its parameter. Lets the reader read another one."""
-    item = ready.get()
-    if isinstance(item, BaseException):
-        raise item
-    slots.release()
-    return item
+        if num_slices:
+            stream.add_rows(name, tensor[None], num_slices)
+        else:
+            stream.add(name, tensor)
 
 
 class _Writer:

@@ -43,11 +43,13 @@ class Target(NamedTuple):
       combine: makes `quantization_config`.
       inputs: what the config says about the quantization of inputs. It raises a
         ValueError if it cannot say it.
+      has_stacks: True if the format has stacks of experts and no other weights.
     """
 
     layouts: tuple[str, ...]
     combine: Combine
     inputs: Callable[[QTensor], Settings | None]
+    has_stacks: bool = False
 
 
 def target(name: str, caller: str) -> Target:
@@ -212,6 +214,10 @@ def _modelopt(
     return _same_settings(modules, "ModelOpt") | {"ignore": floats}
 
 
+def _mxfp4(modules: Mapping[str, WeightSettings], floats: list[str]) -> dict[str, Any]:
+    return _same_settings(modules, "MXFP4") | {"modules_to_not_convert": floats}
+
+
 def _text(settings: Any) -> str:
     return json.dumps(settings, sort_keys=True)
 
@@ -227,6 +233,8 @@ _TARGETS = {
     "fp8": Target(("fp8_block",), _fp8, _no_inputs),
     "gptq": Target(("gptq",), _gptq, _no_inputs),
     "modelopt": Target(("modelopt_nvfp4",), _modelopt, _no_inputs),
+    # As GPT-OSS ships it.
+    "mxfp4": Target(("mxfp4",), _mxfp4, _no_inputs, has_stacks=True),
 }
 
 
