@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxq.io.layouts._tensors import Settings
 from tests.io import fuzz_checkpoints
 from tests.io.fuzz_checkpoints import KINDS
 from tests.tables import thinned
@@ -18,3 +19,9 @@ def test_every_mutant_is_read_or_refused_by_name(tmp_path, kind):
     results, failures = fuzz_checkpoints.run([whole], 40, tmp_path)
     assert not failures, "\n".join(failures)
     assert results[kind, "refused"] > 10
+
+
+@pytest.mark.parametrize("size", [2**31, 2**63, 10**30, 0, 1.0, True])
+def test_a_group_size_that_no_matrix_has(size):
+    with pytest.raises(ValueError, match="group_size"):
+        Settings("gptq", {"group_size": size}).size("group_size", 128)
