@@ -110,12 +110,10 @@ def new_directory(out: Path) -> Iterator[Path]:
         yield temporary
         if out.exists():
             os.replace(out, old)
-        try:
-            os.replace(temporary, out)
-        except BaseException:
-            if old.exists():
-                os.replace(old, out)
-            raise
+        os.replace(temporary, out)
     finally:
+        # An error or Ctrl-C can come between the two lines above.
+        if old.exists() and not out.exists():
+            os.replace(old, out)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

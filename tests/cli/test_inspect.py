@@ -108,6 +108,8 @@ def test_wrong_files(run, model_dir, tmp_path):
     result = run("inspect", tmp_path)
     assert result.code == 1
     assert "config.json is damaged" in result.err
+    (tmp_path / "config.json").write_text("[1]")
+    assert "config.json is not a JSON object" in run("inspect", tmp_path).err
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {}}))
     assert run("inspect", tmp_path, "--json").json["quantized_by"] == ""
     (tmp_path / "a.safetensors").rename(tmp_path / "model.safetensors")

@@ -1,5 +1,7 @@
 """A directory is complete, or it is as before."""
 
+import os
+
 import click
 import pytest
 
@@ -28,6 +30,30 @@ def test_after_an_error_the_old_directory_is_as_before(tmp_path, error):
         (folder / "a").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_ctrl_c_while_the_new_directory_takes_its_place(
+    tmp_path, monkeypatch, place, is_done
+):
+    out, calls, replace = tmp_path / "out", [], os.replace
+    out.mkdir()
+    (out / "b").write_text("old")
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if is_done or len(calls) != place:
+            replace(*paths)
+        if len(calls) == place:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_directory(out) as folder:
+        (folder / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    is_new = place == 2 and is_done
+    assert [path.name for path in out.iterdir()] == ["a" if is_new else "b"]
 
 
 def test_outputs_that_cannot_be_written(tmp_path):

@@ -6,8 +6,8 @@ damages one file of a small checkpoint and reads the checkpoint, so many times. 
 are checkpoints of every layout of other libraries, GGUF files with every type of
 blocks, shards with an index, models that jaxq saved, and files of statistics. Only a
 ValueError or an OSError that names the path may come out, and memory may not grow. A
-damaged byte in a file of jaxq is an error, or changes nothing. `test_fuzz.py` of the
-checkpoints runs a few mutants of each.
+damaged byte in a file of jaxq is an error, or changes nothing.
+`checkpoint/test_fuzz.py` reads a few mutants of each kind.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from jaxq import models, nn
 from jaxq.cli import _statistics_file
 from jaxq.files import NewFile, NewTensor, write_gguf
 from jaxq.io import read_checkpoint
+from jaxq.qtensor import is_qtensor, scale_values
 from tests.io import mutations
 from tests.io.checkpoint import directories
 from tests.io.checkpoint.directories import ROWS
@@ -44,6 +45,9 @@ _MOST_SECONDS = 20.0
 # The command tells after so many mutants how far it is.
 _PART = 1000
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16}
+_GGUF = "GGUF "
+_OTHERS = ("shards", "float model", "quantized model", "statistics")
+KINDS = [*ROWS, *(_GGUF + name for name in (*_FLOAT_TYPES, *BLOCKS)), *_OTHERS]
 
 
 class Source(NamedTuple):
@@ -63,12 +67,17 @@ class Source(NamedTuple):
     is_checked: bool = False
 
 
-def sources(folder: Path) -> list[Source]:
-    """The whole checkpoints."""
-    found = [_layout_source(folder / "layout", row) for row in ROWS]
-    found += [_gguf_source(folder, kind) for kind in (*_FLOAT_TYPES, *BLOCKS)]
-    found += [_sharded_source(), *_model_sources(folder), _statistics_source(folder)]
-    return found
+def whole_checkpoint(kind: str, folder: Path) -> Source:
+    """The whole checkpoint of a kind. `folder` is used to write it."""
+    if kind in ROWS:
+        return _layout_source(folder / "layout", kind)
+    if kind.startswith(_GGUF):
+        return _gguf_source(folder, kind.removeprefix(_GGUF))
+    if kind == "shards":
+        return _sharded_source()
+    if kind == "statistics":
+        return _statistics_source(folder)
+    return _model_source(folder, kind)
 
 
 def run(
@@ -151,10 +160,16 @@ def _keep(path: Path, files: dict[str, bytes]) -> None:
 
 def _read_all(path: Path) -> dict[str, Any]:
     """All parameters of a checkpoint. Quantized ones are traced, and then read."""
+    values = {}
     with read_checkpoint(path) as checkpoint:
-        shapes = {name: checkpoint.eval_shape(name) for name in checkpoint}
-        return {name: checkpoint[name] for name in shapes}
-    raise AssertionError  # the block returns or raises
+        for name in checkpoint:
+            checkpoint.eval_shape(name)
+        for name in checkpoint:
+            values[name] = checkpoint[name]
+            if is_qtensor(values[name]):
+                scale = np.asarray(scale_values(values[name]), np.float32)
+                assert np.isfinite(scale).all(), "a scale is not finite"
+    return values
 
 
 def _layout_source(folder: Path, row: str) -> Source:
@@ -193,7 +208,7 @@ def _gguf_source(folder: Path, kind: str) -> Source:
     path = folder / "source.gguf"
     with NewFile(path, "fuzz") as file:
         write_gguf(file, metadata, tensors)
-    return Source(f"GGUF {kind}", {"mutant.gguf": path.read_bytes()}, _read_all)
+    return Source(f"{_GGUF}{kind}", {"mutant.gguf": path.read_bytes()}, _read_all)
 
 
 def _sharded_source() -> Source:
@@ -211,19 +226,17 @@ def _sharded_source() -> Source:
     return Source("shards", files, _read_all)
 
 
-def _model_sources(folder: Path) -> list[Source]:
-    """A float model and a quantized one, with a tokenizer and a chat template."""
+def _model_source(folder: Path, kind: str) -> Source:
+    """A float model or a quantized one, with a tokenizer and a chat template."""
     model = small_model()
-    qmodel, _ = jaxq.quantize_model(model, "int8")
-    found = []
-    for kind, value in (("float model", model), ("quantized model", qmodel)):
-        path = folder / kind
-        models.save(path, value, tokenizer=_tokenizer(), eos_token_id=1)
-        template = '{"chat_template": "{{ messages[0].content }}", "bos_token": "<s>"}'
-        (path / "tokenizer_config.json").write_text(template)
-        (path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-        found.append(Source(kind, _files(path), _read_model, True))
-    return found
+    if kind == "quantized model":
+        model, _ = jaxq.quantize_model(model, "int8")
+    path = folder / kind
+    models.save(path, model, tokenizer=_tokenizer(), eos_token_id=1)
+    template = '{"chat_template": "{{ messages[0].content }}", "bos_token": "<s>"}'
+    (path / "tokenizer_config.json").write_text(template)
+    (path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return Source(kind, _files(path), _read_model, True)
 
 
 def _read_model(path: Path) -> Any:
@@ -263,7 +276,7 @@ def _statistics_source(folder: Path) -> Source:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def _limit_memory() -> None:
@@ -282,7 +295,7 @@ def main() -> None:
     count, seed = int(sys.argv[1]), int((*sys.argv, 0)[2])
     start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    wholes = sources(folder)
+    wholes = [whole_checkpoint(kind, folder) for kind in KINDS]
     run(wholes, 4 * len(wholes), folder, seed + 1)  # compiles most programs
     before = _peak()
     _limit_memory()

@@ -166,9 +166,12 @@ class Settings:
         value = self.values.get(name)
         if value is None or (type(value) is int and value == -1):
             return None
-        if type(value) is not int or value < 1:
+        # A larger number would overflow the integers of numpy.
+        if type(value) is not int or not 0 < value < 2**31:
             raise self.problem(
-                name, f"must be a whole number above 0, or -1; got {value!r:.80}"
+                name,
+                "must be a whole number above 0 and below 2^31, or -1; got "
+                f"{value!r:.80}",
             )
         return value
 
