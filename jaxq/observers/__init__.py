@@ -13,6 +13,7 @@ an observer into JSON and back.
 `LayerStats` are the statistics of a layer's inputs that quantization methods use.
 """
 
+from jaxq.observers._as_stats import as_stats as as_stats
 from jaxq.observers._entropy import Entropy as Entropy
 from jaxq.observers._entropy import entropy
 from jaxq.observers._histogram import Histogram as Histogram

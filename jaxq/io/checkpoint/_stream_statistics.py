@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxq.nn.calibration import as_stats
-from jaxq.observers import LayerStats, empty_stats
+from jaxq.observers import LayerStats, as_stats, empty_stats
 from jaxq.serialization import open_dict
 
 # The name of the statistics in a file of `jaxq statistics`.

@@ -24,7 +24,7 @@ from jaxq.nn.calibration._nnx import (
     run_model,
 )
 from jaxq.nn.calibration._programs import cached_program
-from jaxq.nn.calibration._stats import StatsRequest, as_stats
+from jaxq.nn.calibration._stats import StatsRequest
 from jaxq.nn.calibration._traced import (
     ParameterFunction,
     Use,

@@ -31,13 +31,12 @@ from jaxq.nn.calibration._programs import Reached, cached_program
 from jaxq.nn.calibration._stats import (
     StatsRequest,
     StatsRequests,
-    as_stats,
     check_stats,
     continued_stats,
     initial_stats,
 )
 from jaxq.nn.layers import Forward, LinenKind, find_call, linen_kinds
-from jaxq.observers import LayerStats, Observer, empty_stats
+from jaxq.observers import LayerStats, Observer, as_stats, empty_stats
 
 # Set while a batch is traced: paths of the layers, in the order of their first calls.
 _REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import methods
-from jaxq.nn.calibration import StatsRequest, as_stats
+from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.transform._options import Options
-from jaxq.observers import LayerStats, empty_stats
+from jaxq.observers import LayerStats, as_stats, empty_stats
 from jaxq.recipes import Rule
 
 
