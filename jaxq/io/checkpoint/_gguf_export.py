@@ -59,7 +59,11 @@ def export_gguf(
 def _tensors(
     parts: CheckpointParts, architecture: str, config: Mapping[str, Any], caller: str
 ) -> dict[str, NewTensor]:
-    """The tensors of the file by name. Experts of a layer are stacked."""
+    """The tensors of the file by name. Experts of a layer are stacked.
+
+    Raises:
+      ValueError: a tensor of the file cannot hold a parameter. One error lists them.
+    """
     tensors: dict[str, NewTensor] = {}
     stacks: dict[str, dict[int, NewTensor]] = {}
     problems = []
@@ -68,14 +72,14 @@ def _tensors(
             target = gguf_name(name, config["model_type"])
             if target is None:
                 raise ValueError(f"the architecture {architecture} does not have it")
-            own_name, expert = target
-            tensor = _tensor(parts, name, own_name, architecture, config)
+            tensor_name, expert = target
+            tensor = _tensor(parts, name, tensor_name, architecture, config)
             if expert is None:
-                tensors[own_name] = tensor
+                tensors[tensor_name] = tensor
                 continue
-            experts = stacks.setdefault(own_name, {})
+            experts = stacks.setdefault(tensor_name, {})
             experts[expert] = tensor
-            tensors[own_name] = _stack(experts)
+            tensors[tensor_name] = _stack(experts)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -116,7 +120,7 @@ def _tensor(
     Args:
       parts: the checkpoint.
       name: of the parameter.
-      target: of the tensor in the file.
+      target: the name of the tensor in the file.
       architecture: of the file.
       config: of Hugging Face.
     """
@@ -140,7 +144,7 @@ def _tensor(
 
 
 def _kind(value: Any, target: str) -> str:
-    """The type of the tensor that holds a parameter."""
+    """The type of the tensor `target` that holds a parameter."""
     if isinstance(value, QTensor):
         if value.meta.activation is not None:
             raise ValueError("it quantizes its inputs, and GGUF cannot say so")

@@ -88,8 +88,9 @@ def save_lora(
       base_model: the name of the frozen model, for the config.
       names: `names(path, number)` returns the name of a layer in the file. `number` is
         the place of the layer in a stack, or None if it is in no stack. Without
-        `names`, the layers of a `jaxq.models.Llama` have the names of Hugging Face, and
-        those of other models have their paths with dots.
+        `names`, the layers of a `jaxq.models.Llama` have the names of Hugging Face.
+        Layers of other models, and of families that fuse or rename the projections of
+        Llama, have their paths with dots.
 
     Raises:
       ValueError: the model has no adapter; the adapters differ in dropout, rsLoRA or

@@ -116,8 +116,8 @@ class ErrorStart:
 def loftq(model: nnx.Module, *, steps: int = 5) -> ErrorStart:
     """Adapters that start from the quantization error (LoftQ).
 
-    Weights with adapters are quantized again, to the nearest codes of their spec. So
-    with `steps` above 1, the codes of GPTQ or AWQ are lost. `steps=1` keeps the codes.
+    With `steps` above 1, weights with adapters are quantized again, each number alone.
+    So the codes of GPTQ or AWQ are lost. `steps=1` keeps the codes.
 
     Args:
       model: the float model from which the quantized model was made.
@@ -253,7 +253,7 @@ def float_weight(weight: Any) -> jax.Array:
 
 
 def quantized_again(qt: Any, floats: jax.Array) -> Any:
-    """Floats quantized to nearest, with the spec and the input scale of a QTensor.
+    """Floats quantized with the spec and the input scale of a QTensor.
 
     Args:
       qt: the QTensor. If it is an array of floats instead, it is returned as it is.
