@@ -78,34 +78,34 @@ def _tensors(
                 tensors[tensor_name] = tensor
                 continue
             experts = stacks.setdefault(tensor_name, {})
+            _check_same_kind(tensor, next(iter(experts.values()), tensor))
             experts[expert] = tensor
-            tensors[tensor_name] = _stack(experts)
+            tensors[tensor_name] = tensor  # the stack takes this place below
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(f"{caller}: format='gguf' cannot hold these weights:\n{lines}")
-    return tensors
+    return tensors | {name: _stack(experts) for name, experts in stacks.items()}
+
+
+def _check_same_kind(tensor: NewTensor, other: NewTensor) -> None:
+    """Raises a ValueError if two experts have different types or shapes."""
+    if (tensor.type, tensor.shape) != (other.type, other.shape):
+        raise ValueError(
+            f"it is {tensor.type}{list(tensor.shape)}, and another expert of its layer "
+            f"is {other.type}{list(other.shape)}"
+        )
 
 
 def _stack(experts: Mapping[int, NewTensor]) -> NewTensor:
-    """The tensor of several experts.
-
-    Raises:
-      ValueError: they have different types or shapes.
-    """
+    """The tensor of all experts of a layer, in the order of their numbers."""
     in_order = [experts[number] for number in sorted(experts)]
-    first, last = in_order[0], in_order[-1]
-    if (last.type, last.shape) != (first.type, first.shape):
-        raise ValueError(
-            f"it is {last.type}{list(last.shape)}, and another expert of its layer is "
-            f"{first.type}{list(first.shape)}"
-        )
 
     def read() -> np.ndarray:
         return np.stack([tensor.read() for tensor in in_order])
 
-    return NewTensor(first.type, (len(in_order), *first.shape), read)
+    return NewTensor(in_order[0].type, (len(in_order), *in_order[0].shape), read)
 
 
 def _tensor(

@@ -157,7 +157,7 @@ def load_lora(
         other sizes; or it lacks adapters for some layers of a stack.
 
     Example:
-      >>> import jax.numpy as jnp, jaxq, tempfile
+      >>> import jaxq, tempfile
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
       >>> lora = jaxq.training.add_lora(model, rank=4)

@@ -13,17 +13,17 @@ copy of W: the gradient of x passes through the layer's own product.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors, nnx
+from flax import nnx
 from jax import lax
 
 from jaxq import ops
 from jaxq.nn.layers import QuantStats
+from jaxq.training._state_changes import explained_state_change
 from jaxq.training.lora._adapter import AdapterAxes
 
 # Hook attribute of a layer -> position of the input among the arguments. The weight
@@ -155,7 +155,9 @@ class LoRAProduct(nnx.Module):
         """The adapter's input. Train mode sets a share of its numbers to 0."""
         if self.stream is None or self.deterministic:
             return x
-        with _explained():
+        with explained_state_change(
+            "training.add_lora", "a layer with dropout", "random stream"
+        ):
             key = self.stream()
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         factor = jnp.asarray(1 / (1 - self.dropout), x.dtype)
@@ -290,17 +292,3 @@ def _einsum(
         preferred_element_type=jnp.float32,
         out_sharding=out_sharding,
     )
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Explains Flax's error about a random stream that cannot change here."""
-    try:
-        yield
-    except errors.TraceContextError as error:
-        raise ValueError(
-            "training.add_lora: a layer with dropout is called in train mode inside "
-            "jax.jit, jax.grad, jax.checkpoint, jax.vmap or a jax.lax loop. A model "
-            "cannot change its random stream inside these transforms. Use nnx.jit, "
-            "nnx.grad, nnx.remat or nnx.scan. To evaluate, call model.eval()."
-        ) from error
