@@ -3,15 +3,17 @@
 A synthetic checkpoint of bfloat16 matrices in shards is quantized to int4 in groups of
 128 by `jaxq.io.quantize_checkpoint`. Eager torch does the same shard by shard: it loads
 a shard with safetensors, rounds each weight, packs it to int32 and saves the shard.
-Both read and write the same disk, in turns. GB/s counts bytes of the source, and the
-ratio is that of the medians. The target is 1.5. Only jaxq waits until the disk has the
-bytes (fsync), and writes checksums.
+Both read and write the same disk, in turns. GB/s counts bytes of the source. The ratio
+of jaxq to torch is that of the medians, and its target is 1.5. Only jaxq waits until
+the disk has the bytes (fsync), and writes checksums.
 
 The peak is the largest resident set of the process while the call runs (VmHWM), less
-what was resident before, in units of the largest weight. The target is 4, and a
-constant. A process is also killed with SIGKILL at random moments after its start, and
-started again each time. If it ends before it is killed, another one begins from
-nothing. All files must be those of a run that was not killed.
+what was resident before, in units of the largest weight. The target is at most 4 for a
+checkpoint of any size.
+
+A process is also killed with SIGKILL at random moments after its start, and started
+again each time. If it ends before it is killed, the next one begins in an empty folder.
+In the end, all files must be those of a run that was not killed.
 
     python benchmarks/stream.py 0.2       # GB of the source; the subject takes 10
 
@@ -66,7 +68,7 @@ def run(size_gb: float = DEFAULT_GB) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _check_disk(Path(folder), size_gb)
         source, whole = Path(folder) / "source", Path(folder) / "whole"
-        _show(f"writes {size_gb:g} GB")
+        _show(f"writes a checkpoint of {size_gb:g} GB")
         num_bytes = _write_source(source, size_gb)
         rows, missing = _measured(source, num_bytes, Path(folder), whole)
         seconds = [row["seconds"] for row in rows if row["by"] == "jaxq"]
@@ -111,7 +113,7 @@ def _show(text: str) -> None:
 
 
 def _check_disk(folder: Path, size_gb: float) -> None:
-    """Exits if the folder has not enough space."""
+    """Exits if the folder does not have enough space."""
     free, needed = shutil.disk_usage(folder).free / 1e9, DISK * size_gb
     if free < needed:
         sys.exit(
@@ -123,7 +125,17 @@ def _check_disk(folder: Path, size_gb: float) -> None:
 def _measured(
     source: Path, num_bytes: int, folder: Path, whole: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each run, and what is not installed. The first result is kept."""
+    """Runs jaxq and torch in turns.
+
+    Args:
+      source: the checkpoint.
+      num_bytes: of its weights.
+      folder: for results that are removed again.
+      whole: a new folder, which keeps the first result of jaxq.
+
+    Returns:
+      A row for each run, and the packages that are not installed.
+    """
     rows: list[dict[str, Any]] = []
     missing: list[str] = []
     for number in range(ROUNDS):
@@ -160,7 +172,7 @@ def _write_source(path: Path, size_gb: float) -> int:
         tensors = {}
         for number in range(start, min(start + per_shard, num_weights)):
             name = f"model.layers.{number}.mlp.up_proj.weight"
-            # Drawing numbers takes longer than quantizing them.
+            # New random numbers would take longer than their quantization.
             tensors[name] = np.roll(weight, number, axis=0)
             files[name] = file
         save_file(tensors, path / file)
@@ -171,7 +183,7 @@ def _write_source(path: Path, size_gb: float) -> int:
 
 
 def _once(name: str, source: Path, out: Path) -> dict[str, float] | None:
-    """Seconds and peak of one process; None if a package is missing."""
+    """Seconds and peak of a run in a new process; None if a package is missing."""
     process = subprocess.run(
         [sys.executable, __file__, "--once", name, str(source), str(out)],
         stdout=subprocess.PIPE,
@@ -190,7 +202,7 @@ def _measure(name: str, source: Path, out: Path) -> dict[str, float] | None:
         except ImportError:
             return None
     quantize = _jaxq if name == "jaxq" else _torch
-    # The first weight compiles, and loads libraries.
+    # A run with one weight compiles the programs and loads the libraries.
     with tempfile.TemporaryDirectory() as folder:
         _write_source(Path(folder) / "one", 0)
         quantize(Path(folder) / "one", Path(folder) / "out")
@@ -238,7 +250,7 @@ def _killed(
       source: the checkpoint.
       out: a new folder.
       whole: the result of a run that was not killed.
-      limit: a kill comes within so many seconds.
+      limit: each kill comes at most so many seconds after the start.
 
     Returns:
       Whether the files are those of a whole run, the number of kills, and how often a
@@ -272,7 +284,7 @@ def _started(source: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            process.stdout.readline()  # `_BEGINS`, after the imports
+            process.stdout.readline()  # it prints `_BEGINS` after its imports
             yield process
         finally:
             process.kill()
@@ -292,7 +304,7 @@ def _are_equal(out: Path, whole: Path) -> bool:
 
 
 def _resident(field: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS is now, VmHWM is the largest."""
+    """The resident bytes of this process: VmRSS now, or VmHWM at most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in lines if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -118,7 +118,7 @@ def generate(
 
 
 def _chat_text(path: Path, message: str) -> str:
-    """What the model reads for the message of a user.
+    """The text that a model reads for a message of a user.
 
     Raises:
         click.UsageError: the model has no chat template.
@@ -131,15 +131,17 @@ def _chat_text(path: Path, message: str) -> str:
 
 
 class _StopText(Exception):
-    """A stop text has come. This ends the loop of `generate`."""
+    """Ends the loop of `models.generate` when a stop text has come."""
 
 
 class _Printer:
-    """Prints new tokens, and keeps them. A `with` block ends the line.
+    """Prints the text of new tokens, and keeps both.
+
+    The end of a `with` block prints the rest of the text and ends the line.
 
     Args:
         stream: makes the text of the tokens.
-        start: is printed before the first token.
+        start: the text that is printed before the first token.
         is_shown: False prints nothing.
 
     Attributes:
@@ -156,7 +158,7 @@ class _Printer:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        # Without a token, an error message is all that the user gets.
+        # If an error came before the first token, only its message is printed.
         if self.tokens:
             self._give(self._stream.rest())
             self._show("\n")
@@ -180,6 +182,6 @@ class _Printer:
         self._show(text)
 
     def _show(self, text: str) -> None:
-        """Prints a text now, also into a pipe."""
+        """Prints a text. `click.echo` writes it out at once, also into a pipe."""
         if self._is_shown and text:
             click.echo(text, nl=False)

@@ -1,4 +1,4 @@
-"""Model directories and files that are complete or not there."""
+"""Writes model directories and files that are complete or not there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
-    """Raises before the work begins if a model cannot be written at the end."""
+    """Raises click.UsageError, before the work, if a model cannot be written."""
     if format == "gguf":
         if out.suffix != _GGUF:
             raise click.UsageError(
@@ -40,7 +40,7 @@ def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
 
 
 def check_file(out: Path, overwrite: bool) -> None:
-    """Raises before the work begins if a file cannot be written at the end."""
+    """Raises click.UsageError, before the work, if a file cannot be written."""
     _check_parent(out)
     if out.is_dir():
         raise click.UsageError(f"--out {out}: this is a directory.")
@@ -67,7 +67,7 @@ def write_model(
         model: the model.
         tokenizer: of the model, or None.
         format: one of `FORMATS`.
-        source: where the model comes from. Its chat template, its other files of the
+        source: the path of the source. Its chat template, the other files of its
             tokenizer and its special tokens are copied.
         dtype: of the weights, for a float model in the format of jaxq.
     """
@@ -83,7 +83,7 @@ def write_model(
         else:
             io.export(model, folder, format=format, tokenizer=tokenizer, **tokens)
         for name, data in io.companion_files(source).items():
-            if name != _TOKENIZER:  # the model's own one is written
+            if name != _TOKENIZER:  # it was written from `tokenizer`
                 (folder / name).write_bytes(data)
 
 
@@ -112,7 +112,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             os.replace(out, old)
         os.replace(temporary, out)
     finally:
-        # An error or Ctrl-C can come between the two lines above.
+        # An error or Ctrl-C can come between the two calls of os.replace above.
         if old.exists() and not out.exists():
             os.replace(old, out)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -47,12 +47,12 @@ def context_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --out and --overwrite for a model. The function gets both."""
+    """Adds --out and --overwrite for a model, as `out` and `overwrite`."""
     return _output("The directory to write, or the file of GGUF.", function)
 
 
 def file_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --out and --overwrite for a file. The function gets both."""
+    """Adds --out and --overwrite for a file, as `out` and `overwrite`."""
     return _output("The new file.", function)
 
 

@@ -147,7 +147,14 @@ def _check_format(
 ) -> None:
     """Raises before the long work if the library cannot hold the result.
 
-    The weights are rounded to nearest, and written beside the output for a moment.
+    The weights are rounded to nearest, and written to a temporary folder beside `out`.
+
+    Args:
+        model: the float model.
+        source: the path of the model.
+        tried: the recipe, or the recipes of all choices of --target-bits.
+        out: the directory or the file of the result.
+        format_name: one of `FORMATS`.
 
     Raises:
         click.UsageError: a recipe has static ranges, which only jaxq's format has.
@@ -162,7 +169,7 @@ def _check_format(
                 "without observer=, such as w8a8, or leave --format out."
             )
         if not _recipe.has_methods(recipe) and len(tried) == 1:
-            continue  # the weights are only rounded anyway
+            continue  # the real work is as fast as this check
         rounded, _ = nn.quantize_model(model, _recipe.rounding_to_nearest(recipe))
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".trial") as folder:
             write_model(Path(folder) / out.name, rounded, None, format_name, source)

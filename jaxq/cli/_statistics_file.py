@@ -143,7 +143,11 @@ def check_model(statistics: Statistics, path: Path, model: Any) -> None:
 
 
 def check_source(path: Path, source: Path) -> None:
-    """As `check_model` for a file that is too large for the memory, and a directory.
+    """As `check_model`, for a file and a model that are too large for the memory.
+
+    Args:
+        path: of the file. Its layers are not read.
+        source: the path of the model, of which only the config is read.
 
     Raises:
         click.UsageError: the statistics are of another model.
@@ -152,11 +156,11 @@ def check_source(path: Path, source: Path) -> None:
     with open_dict(path, "jaxq") as contents:
         if set(contents) != _FIELDS or contents["kind"] != _KIND:
             raise _no_statistics(path)
-        stated = contents["model"]
+        model_digest = contents["model"]
     with io.read_checkpoint(source) as checkpoint:
-        entries = dict(checkpoint.config)
-    entries.pop("quantization_config", None)
-    if stated != _digest_of(models.DecoderConfig.from_hf(entries)):
+        config = dict(checkpoint.config)
+    config.pop("quantization_config", None)
+    if model_digest != _digest_of(models.DecoderConfig.from_hf(config)):
         raise _other_model(path)
 
 

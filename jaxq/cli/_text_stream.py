@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# A decoder writes this for bytes that are not a whole character.
+# A tokenizer writes this for bytes that are not a whole character.
 _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
     """Gives the text of new tokens as soon as it is certain.
 
-    A character can be spread over several tokens. Its text comes with the last one. A
-    piece that may be the start of a stop text waits until this is decided.
+    The bytes of a character can be in several tokens. The character comes with the last
+    one. Text that may be the start of a stop text waits for the next tokens.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
         prompt: the tokens before the new ones.
-        stops: the text ends before the first of these texts.
+        stops: the text ends before the first of these texts that comes.
 
     Attributes:
         has_ended: whether a stop text has come.
@@ -28,15 +28,15 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stops = [stop for stop in stops if stop]
         self._tokens = list(prompt)
-        # The text of the tokens before `_end` was given. The tokens from `_start` to
-        # `_end` are decoded again with the next ones, because a decoder treats the
-        # first token of a text in another way.
+        # `add` has returned the text of the tokens before `_end`. The tokens from
+        # `_start` to `_end` are decoded again with the new ones, because the first
+        # token of a text is decoded in another way: some tokenizers drop its space.
         self._start, self._end = 0, len(self._tokens)
         self._waiting = ""
         self.has_ended = False
 
     def add(self, token: int) -> str:
-        """Adds a token, and returns the text that is certain now. It can be empty."""
+        """Adds a token. Returns the text that is certain now, which can be empty."""
         self._tokens.append(token)
         text = self._new_text()
         if text.endswith(_NO_CHARACTER):
@@ -54,13 +54,13 @@ class TextStream:
         return text
 
     def _new_text(self) -> str:
-        """The text of the tokens that was not given yet."""
+        """The text of the tokens from `_end` on."""
         before = self._tokenizer.decode(self._tokens[self._start : self._end])
         text = self._tokenizer.decode(self._tokens[self._start :])
         return text[len(before) :]
 
     def _until_stop(self, text: str) -> str:
-        """Text with what waited before it, without what must wait or is stopped."""
+        """The text that waited, and a new text, up to a stop text or its start."""
         text = self._waiting + text
         places = [text.find(stop) for stop in self._stops if stop in text]
         if places:
@@ -72,7 +72,7 @@ class TextStream:
         return text[:size]
 
     def _num_undecided(self, text: str) -> int:
-        """The length of the longest end of a text with which a stop text begins."""
+        """The length of the longest end of a text that is a start of a stop text."""
         sizes = [
             size
             for stop in self._stops

@@ -36,7 +36,7 @@ def check_tokenizer(path: Path, tokenizer: Any) -> None:
 
 
 def check_decoder(path: Path, model: Any) -> None:
-    """Raises if a model does not predict tokens."""
+    """Raises click.UsageError if a model does not predict tokens."""
     if not isinstance(model, models.Decoder):
         raise click.UsageError(
             f"{path} is an encoder, which does not predict the next token. Pass a "

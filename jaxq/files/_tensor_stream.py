@@ -54,15 +54,16 @@ class TensorStream:
             self._write(name, tensor)
 
     def add_rows(self, name: str, rows: np.ndarray, num_rows: int) -> None:
-        """Appends rows of a tensor: a part of its first axis, in their order.
+        """Appends rows of a tensor, which are entries of its first axis, in order.
 
-        One tensor grows in the file. The rows of tensors that come meanwhile wait in
-        memory. So the largest tensor should come first.
+        Only one tensor grows in the file. Until it is whole, the rows of other tensors
+        wait in memory. So the largest tensor should come first.
 
         Args:
           name: of the tensor.
-          rows: the next rows.
-          num_rows: of the whole tensor.
+          rows: the next rows, `[rows, ...]`.
+          num_rows: the number of rows of the whole tensor. It is the same for all
+            tensors that are not whole yet.
         """
         check_name(name)
         row_bytes = rows.nbytes // max(1, len(rows))
@@ -102,28 +103,27 @@ class TensorStream:
 
     def _complete(self, tensor: _GrowingTensor) -> None:
         """Lists a tensor whose rows are all in the file."""
-        start, self._end = self._end, self._end + tensor.num_bytes
-        self._entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [start, self._end],
-        }
+        self._list(tensor.name, tensor.dtype, tensor.shape, tensor.num_bytes)
         self._texts[tensor.name] = tensor.checksums()
         self._growing = None
 
     def _add_waiting(self, num_rows: int) -> None:
-        """Adds the tensors whose rows are all in memory."""
+        """Writes the tensors whose rows are all in memory."""
         for name, parts in list(self._waiting.items()):
             if sum(map(len, parts)) == num_rows:
                 del self._waiting[name]
                 self.add(name, np.concatenate(parts))
 
+    def _list(self, name: str, dtype: str, shape: list[int], num_bytes: int) -> None:
+        """Adds a tensor to the header. Its bytes are the next ones in the file."""
+        start, self._end = self._end, self._end + num_bytes
+        offsets = [start, self._end]
+        self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
     def _write(self, name: str, tensor: np.ndarray) -> None:
         dtype, shape = dtype_name(tensor), list(tensor.shape)
         data = tensor_bytes(tensor)
-        start, self._end = self._end, self._end + len(data)
-        offsets = [start, self._end]
-        self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        self._list(name, dtype, shape, len(data))
         self._texts[name] = checksums_of(name, dtype, shape, data)
         self._file.write(data)
 
@@ -133,9 +133,9 @@ class _GrowingTensor:
 
     Attributes:
       name: of the tensor.
-      dtype: its name in the file.
+      dtype: the name of the dtype in the file.
       shape: of the whole tensor.
-      num_bytes: that were added.
+      num_bytes: the number of bytes so far.
     """
 
     def __init__(self, name: str, dtype: str, shape: list[int]):
@@ -158,7 +158,7 @@ class _GrowingTensor:
         return self.num_bytes // max(1, row_bytes)
 
     def checksums(self) -> str:
-        """As `checksums_of` the whole tensor."""
+        """What `checksums_of` returns for the whole tensor."""
         last = [self._checksum(self._rest)] if self._rest else []
         return "".join([*self._texts, *last])
 

@@ -55,7 +55,7 @@ def filled_with_quantized(
         tensors: where each parameter is, by path.
         checkpoint: open.
         dtype: of the float parameters, and of the products with quantized weights.
-        mesh: of devices, or None. Each parameter is put on it when it was read.
+        mesh: of devices, or None. Each parameter is put on it after it was read.
         rules: as in `jaxq.sharding.place`.
 
     Raises:
@@ -66,6 +66,7 @@ def filled_with_quantized(
     by_name = {"/".join(map(str, path)): parts for path, parts in tensors.items()}
 
     def read(name: str, value_of: Callable[[str], Any]) -> Any:
+        """A parameter of the model. `value_of` gives the tensors of the file."""
         slices = {
             number: _parameter(value_of(part.name), part, dtype, checkpoint.path)
             for number, part in by_name[name].items()
@@ -90,7 +91,9 @@ def filled_with_quantized(
     return fill_model(model, values, checkpoint.path)
 
 
-def _shape(read: Any, name: str, parts: Parts, checkpoint: Checkpoint) -> Any:
+def _shape(
+    read: Callable[..., Any], name: str, parts: Parts, checkpoint: Checkpoint
+) -> Any:
     """The result of `read` with shapes in place of arrays. No weight is read."""
     names = {part.name for part in parts.values()}
     shapes = {tensor: checkpoint.eval_shape(tensor) for tensor in names}
@@ -118,7 +121,12 @@ def _parameter(value: Any, part: TensorPart, dtype: np.dtype, path: Path) -> Any
 
 
 def _one_of_several(value: QTensor, part: TensorPart, path: Path) -> QTensor:
-    """One of the projections that a quantized tensor holds, with the same codes.
+    """One of the projections that a quantized tensor holds. Its codes do not change.
+
+    Args:
+        value: of the tensor.
+        part: where the projection is in the tensor.
+        path: of the checkpoint, for errors.
 
     Raises:
         ValueError: a block of the tensor has numbers of two projections.

@@ -18,11 +18,12 @@ def load_stop_tokens(path: str | Path) -> tuple[int, ...]:
     """Reads the tokens with which a model ends its texts.
 
     Args:
-        path: a Hugging Face directory, or a GGUF file. In a directory,
-            `generation_config.json` comes before `config.json`.
+        path: a Hugging Face directory, or a GGUF file. In a directory, the tokens of
+            `generation_config.json` are used. If it has none, those of `config.json`
+            are.
 
     Returns:
-        The tokens, for `generate(stop_tokens=...)`. Empty if the files name none.
+        The token ids, for `generate(stop_tokens=...)`. Empty if the files name none.
 
     Raises:
         ValueError: a file is damaged, or holds something else than token ids.
@@ -50,14 +51,13 @@ def load_stop_tokens(path: str | Path) -> tuple[int, ...]:
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    """The JSON object of a file. Empty if there is no file."""
+    """The JSON object of a file. Empty if the file does not exist."""
     if not is_file(file, _LOAD):
         return {}
+    text = read_text(file, _LOAD)
     try:
-        entries = parse_json(file, read_text(file, _LOAD))
+        entries = parse_json(file, text)
     except ValueError as error:
-        if str(error).startswith(_LOAD):
-            raise
         raise ValueError(f"{_LOAD}: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{_LOAD}: {file} is not an object of keys and values.")
@@ -65,7 +65,11 @@ def _entries(file: Path) -> dict[str, Any]:
 
 
 def _checked(file: Path, value: Any) -> tuple[int, ...]:
-    """One token, or a list of tokens, as a tuple."""
+    """One token id, or a list of them, as a tuple. None gives an empty tuple.
+
+    Raises:
+        ValueError: the value is something else.
+    """
     if value is None:
         return ()
     tokens = value if isinstance(value, list) else [value]

@@ -455,9 +455,9 @@ def _scan(
 ):
     """Runs stacked layers one after another.
 
-    Layers are only read, so this is a plain scan over their state. It also works inside
-    another loop. The exception are random streams from which a layer draws (dropout of
-    adapters, stochastic rounding): their counters advance.
+    This is a plain scan over the state of the layers, so it also works inside another
+    loop. Layers are only read, except that the counters of random streams advance if a
+    layer draws from them (dropout of adapters, stochastic rounding).
     """
     graphdef, state = nnx.split(layers)
     are_equal = len(set(switches)) == 1

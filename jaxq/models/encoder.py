@@ -119,7 +119,8 @@ class EncoderConfig:
     def to_hf(self) -> dict[str, Any]:
         """The dict of a `config.json` that `transformers` reads as the same model.
 
-        The dict has no `pooling` and no `normalizes`: other files hold them.
+        The dict has no `pooling` and no `normalizes`. `jaxq.models.save` writes them
+        to other files, as sentence-transformers does.
 
         Example:
             >>> from jaxq.models import EncoderConfig

@@ -49,7 +49,7 @@ class ActivationAxes:
       num_batch: the number of leading batch axes after this permutation.
       range_axes: the axes of the weight's `input_range` in the order of the product's
         batch axes.
-      mapped: the mesh axes over which `jax.vmap` maps. None finds them.
+      mapped: the mesh axes over which `jax.vmap` maps, as in `call_on_parts`.
     """
 
     order: tuple[int, ...]
@@ -121,7 +121,7 @@ def multiply_quantized(
         )
         terms = []
         if not isinstance(x_dot, SymbolicZero):
-            # The product is linear in `x`.
+            # The product is linear in `x`: the tangent takes the place of `x`.
             x_dot = _without_clipped(x_dot, x, weight, axes)
             terms.append(float_product(x_dot, weight.with_activation(None)))
         of_weight = checkpointed_tangent(

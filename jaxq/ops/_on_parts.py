@@ -30,9 +30,10 @@ def call_on_parts(
       in_specs: for each argument, the PartitionSpec of each leaf.
       out_specs: the PartitionSpecs of the results.
       *args: pytrees of arrays.
-      mapped: the mesh axes over which `jax.vmap` maps, from `mapped_axes`. None finds
-        them. A derivative may be traced after `jax.vmap` has returned. It must give
-        those of the function that it belongs to.
+      mapped: the mesh axes over which `jax.vmap` maps, from `mapped_axes`. If it is
+        None, `jax.shard_map` finds them. A derivative may be traced after `jax.vmap`
+        has returned, when nothing can find them. So it passes the axes that were found
+        when the function itself was traced.
 
     Raises:
       ValueError: the parts are shards over a mesh axis over which `jax.vmap` maps.

@@ -84,8 +84,8 @@ class Plan:
         devices before the product.
       summed: mesh axes over which the products of the parts are summed, by an
         all-reduce of `result`.
-      mapped: mesh axes over which `jax.vmap` maps. Their devices multiply parts of
-        other elements of the map.
+      mapped: mesh axes over which `jax.vmap` maps. Devices along them multiply
+        different elements of the mapped axis.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -455,7 +455,7 @@ def _scan(equation: Any, operands: list, sliced: frozenset[int]) -> Sequence:
 def _custom_jvp_call(evaluate: jaxprs.Evaluate, equation: Any, args: list) -> Sequence:
     """A call with its own derivative rule. The derivative calls that rule.
 
-    Codes have no tangents. The rule gets copies of them.
+    The rule gets copies of slices, which are codes and have no tangents.
     """
 
     @jax.custom_jvp

@@ -19,9 +19,9 @@ def checkpointed_tangent(
     with a tangent that is zero.
 
     Args:
-      function: of arrays.
+      function: a function of pytrees of arrays.
       primals: the arguments.
-      tangents: `SymbolicZero` in place of a tangent that is zero.
+      tangents: of the arguments. A tangent that is zero is a `SymbolicZero`.
 
     Returns:
       The tangent, or None if all tangents are zero.
@@ -31,7 +31,7 @@ def checkpointed_tangent(
         position: tangent
         for position, tangent in enumerate(jax.tree.leaves(tangents))
         if not isinstance(tangent, SymbolicZero)
-        and tangent.dtype != jax.dtypes.float0  # of an integer
+        and tangent.dtype != jax.dtypes.float0  # integers have no tangent
     }
     if not moved:
         return None

@@ -13,8 +13,12 @@ def kept_slice(qt: QTensor, axis: int, part: slice) -> QTensor:
 
     Args:
       qt: any QTensor.
-      axis: of the array, a negative number. It is neither contracted nor a batch axis.
+      axis: the axis of the array, as a negative number. It is neither a contracted axis
+        nor a batch axis.
       part: the entries, with a positive step.
+
+    Returns:
+      A QTensor with fewer entries along this axis.
 
     Raises:
       ValueError: the axis is not kept, or the entries are not whole blocks.
@@ -38,14 +42,15 @@ def kept_slice(qt: QTensor, axis: int, part: slice) -> QTensor:
     if block is not None:
         if not _is_whole(entries, block, geometry.shape[axis]):
             raise ValueError(f"{problem}the entries are not whole blocks of {block}.")
-        blocks = slice(entries.start // block, -(-entries.stop // block), entries.step)
+        num_blocks = -(-entries.stop // block)  # the last block may be short
+        blocks = slice(entries.start // block, num_blocks, entries.step)
     shape = list(geometry.shape)
     shape[axis] = len(entries)
     meta = qt.meta.with_geometry(dataclasses.replace(geometry, shape=tuple(shape)))
     num_batch = len(qt.batch_shape)
 
     def cut(leaf: Any) -> Any:
-        """The blocks of an array with an entry for each block."""
+        """The entries of these blocks, of an array with an entry for each block."""
         if leaf is None or leaf.shape[num_batch + position] == 1:
             return leaf
         return leaf[(slice(None),) * (num_batch + position) + (blocks,)]
@@ -68,7 +73,7 @@ def kept_slice(qt: QTensor, axis: int, part: slice) -> QTensor:
 
 
 def _is_whole(entries: range, block: int, size: int) -> bool:
-    """Whether entries of an axis are whole blocks, the last of which may be short."""
+    """Whether entries of an axis are whole blocks. The axis may end in a short one."""
     if block == 1:
         return True
     ends_whole = entries.stop % block == 0 or entries.stop == size

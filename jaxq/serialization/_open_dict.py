@@ -38,18 +38,25 @@ class OpenDict(Mapping[str, Any]):
         return len(self._entries)
 
     def inner(self, name: str) -> OpenDict | None:
-        """The dict with this name, without reading its values. None if it is none."""
+        """The dict that this dict has under a name. Its values are not read.
+
+        None if there is no such entry, or if it is not a dict.
+        """
         entries = _items(self._entries.get(name))
         return None if entries is None else OpenDict(self._file, entries)
 
 
 def open_dict(path: str | os.PathLike[str], caller: str) -> OpenDict:
-    """Opens a file that `write_tree` wrote, and that has a dict.
+    """Opens a file of `write_tree` that holds a dict.
+
+    Args:
+      path: of the file.
+      caller: the name that error messages begin with.
 
     Raises:
       FileNotFoundError: the file does not exist.
       OSError: the file cannot be read. The error names the file.
-      ValueError: the file was not written by jaxq, is damaged, or has something else.
+      ValueError: the file was not written by jaxq, is damaged, or holds something else.
     """
     path = Path(path)
     file = open_file(path, caller, verify=True)

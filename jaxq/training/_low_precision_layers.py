@@ -7,13 +7,12 @@ stream and its history of largest magnitudes. Weights stay as they are.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors, nnx
+from flax import nnx
 
 from jaxq.nn.layers import QuantStats, weight_axes
 from jaxq.nn.transform import find_layers
@@ -25,8 +24,11 @@ from jaxq.training._low_precision_conv import convolve_arrays
 from jaxq.training._low_precision_dot import einsum_arrays, multiply_arrays
 from jaxq.training._low_precision_product import Bounds
 from jaxq.training._precision_recipe import LowPrecision, as_low_precision
+from jaxq.training._state_changes import explained_state_change
 
 CALLER = "training.low_precision"
+# What a layer changes in train mode, as errors name it.
+_STATE = "random stream or its history"
 # Hook attribute of a layer -> (its product by a recipe, position of the input among the
 # arguments). The weight follows the input.
 _PRODUCTS = {
@@ -290,7 +292,7 @@ class LowPrecisionProduct(nnx.Module):
             return None
         if self.use_running_average:
             return jax.random.fold_in(self.stream.key[...], self.stream.count[...])
-        with _explained():
+        with explained_state_change(CALLER, "a layer", _STATE):
             return self.stream()
 
     def _bound(self, name: str, x: Any) -> jax.Array:
@@ -303,21 +305,7 @@ class LowPrecisionProduct(nnx.Module):
         amax = scaling.largest_magnitude(jax.lax.stop_gradient(jnp.asarray(x)))
         if not self.use_running_average:
             updated = scaling.update(state, amax)
-            with _explained():
+            with explained_state_change(CALLER, "a layer", _STATE):
                 largest.set_value(updated.largest)
                 bound.set_value(updated.bound)
         return scaling.bound(state, amax)
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Explains the error of Flax for a Variable that cannot be changed here."""
-    try:
-        yield
-    except errors.TraceContextError as error:
-        raise ValueError(
-            f"{CALLER}: a layer in train mode is called inside jax.jit, jax.grad, "
-            "jax.checkpoint, jax.vmap or a jax.lax loop. A model cannot change its "
-            "random stream or its history inside these transforms. Use nnx.jit, "
-            "nnx.grad, nnx.remat or nnx.scan. To evaluate, call model.eval()."
-        ) from error

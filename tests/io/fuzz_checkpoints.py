@@ -2,11 +2,11 @@
 
     python -m tests.io.fuzz_checkpoints 100000 [seed]
 
-damages one file of a small checkpoint and reads the checkpoint, so many times. There
-are checkpoints of every layout of other libraries, GGUF files with every type of
-blocks, shards with an index, models that jaxq saved, and files of statistics. Only a
-ValueError or an OSError that names the path may come out, and memory may not grow. A
-damaged byte in a file of jaxq is an error, or changes nothing.
+reads 100000 mutants. A mutant is a small checkpoint with damage in one of its files.
+There are checkpoints of every layout of other libraries, GGUF files with every type of
+blocks, shards with an index, models that jaxq saved, and files of statistics. Reading a
+mutant may raise only a ValueError or an OSError that names the path, and memory may not
+grow. A damaged byte in a file of jaxq is an error, or changes nothing.
 `checkpoint/test_fuzz.py` reads a few mutants of each kind.
 """
 
@@ -39,10 +39,10 @@ from tests.io.checkpoint.directories import ROWS
 from tests.io.fuzz import leaf_bytes, small_model
 from tests.io.layouts.test_gguf import BLOCKS, random_blocks
 
-# A mutant may take so much more memory than the process had, and so many seconds.
+# The memory that mutants may add to that of the process, and the time for one mutant.
 _MOST_BYTES = 1 << 30
 _MOST_SECONDS = 20.0
-# The command tells after so many mutants how far it is.
+# The command shows its progress each time after so many mutants.
 _PART = 1000
 _FLOAT_TYPES = {"F32": np.float32, "F16": np.float16}
 _GGUF = "GGUF "
@@ -57,8 +57,8 @@ class Source(NamedTuple):
       kind: of the checkpoint.
       files: the bytes of each file by name.
       read: reads the checkpoint at a path.
-      is_checked: whether jaxq wrote it, with checksums. Then what is read after damage
-        to the bytes of its weights must be what `read` returned before.
+      is_checked: whether jaxq wrote it, with checksums. If the bytes of its weights are
+        damaged, `read` must then raise an error, or return what it returned before.
     """
 
     kind: str
@@ -92,8 +92,8 @@ def run(
       seed: of the random choices.
 
     Returns:
-      How many mutants of each kind were read and refused, and a line for each one that
-      was neither.
+      The number of mutants by (kind, "read", "refused" or "failed"), and a line for
+      each one that failed.
     """
     rng = random.Random(seed)
     results: collections.Counter = collections.Counter()
@@ -112,16 +112,19 @@ def run(
                 assert leaf_bytes(value) == expected[place], "another model"
         except (ValueError, OSError) as error:
             outcome = "refused" if str(folder) in str(error) else repr(error)
-        except BaseException as error:  # a crash of the tokenizers package is one
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the tokenizers package raises some of these
             outcome = repr(error)
-        if time.process_time() - start > _MOST_SECONDS:
-            outcome = f"{time.process_time() - start:.0f} s"
-        results[source.kind, outcome if len(outcome) < 8 else "failed"] += 1
-        if outcome not in ("read", "refused"):
+        seconds = time.process_time() - start
+        if seconds > _MOST_SECONDS:
+            outcome = f"took {seconds:.0f} s"
+        has_failed = outcome not in ("read", "refused")
+        results[source.kind, "failed" if has_failed else outcome] += 1
+        if has_failed:
             failures.append(f"{number} {source.kind} {name}: {outcome:.300}")
-            _keep(folder / f"failure_{seed}_{number}", files)
+            # The files are kept, to look at them.
+            _write_all(folder / f"failure_{seed}_{number}", files)
     return results, failures
 
 
@@ -146,14 +149,13 @@ def _written(source: Source, folder: Path) -> Any:
     for file in path.iterdir():
         if file.name not in source.files:
             file.unlink()
-    for name, data in source.files.items():
-        (path / name).write_bytes(data)
+    _write_all(path, source.files)
     return source.read(path)
 
 
-def _keep(path: Path, files: dict[str, bytes]) -> None:
-    """Writes the files of a failure, to look at them."""
-    path.mkdir()
+def _write_all(path: Path, files: dict[str, bytes]) -> None:
+    """Writes files into a directory."""
+    path.mkdir(exist_ok=True)
     for name, data in files.items():
         (path / name).write_bytes(data)
 
@@ -280,7 +282,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _limit_memory() -> None:
-    """The system refuses memory that no mutant needs."""
+    """Makes the system refuse memory that no mutant needs."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 4 * _MOST_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -292,7 +294,8 @@ def _peak() -> int:
 
 
 def main() -> None:
-    count, seed = int(sys.argv[1]), int((*sys.argv, 0)[2])
+    count = int(sys.argv[1])
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
     wholes = [whole_checkpoint(kind, folder) for kind in KINDS]

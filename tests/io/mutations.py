@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 DEEP = "[" * 100_000 + "]" * 100_000
-# What a field of a damaged or hostile file can hold.
+# Values that a field of a damaged or hostile file can have.
 NUMBERS = (0, 1, -1, 2, 3, 7, 64, 256, 2**31, 2**63, 10**30, -(10**12), 0.0, 1.0, 256.0)
 NAMES = "int4 int8 float8_e4m3fn float64 float99_e50m48 q9.9 PerGroup PerTensor PerFlat"
 WORDS = "absmax mean low_first array qtensor dict list tuple key value w w.data odd"
@@ -17,8 +17,6 @@ ODD = ("", "..", "a,b", "f4,(", "\ud800", 1e308, float("inf"), float("nan"), Non
 TREES = ([], {}, [1], [[]], [0, 0], [-1, -2], [10**12] * 2, {"is": "array"}, {"x": 1})
 SWITCHES = (True, False)
 VALUES = [*NUMBERS, *NAMES.split(), *WORDS.split(), *ODD, *TREES, *SWITCHES]
-# Names of weight files that lead out of a directory.
-PATHS = ("../a.safetensors", "/etc/passwd", "..", ".", "a/../b", "a\\b", "a\0b", "")
 DTYPES = ("F32", "F16", "BF16", "F64", "I8", "U8", "I32", "I64", "F8_E4M3", "BOOL")
 SHAPES = ([], [0], [0, 2**62], [2**40], [2**62, 2**62], [1] * 70, [-1], [1.5])
 COUNTS = (0, 1, 7, 2**16, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
@@ -79,7 +77,7 @@ def changed_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def changed_json(data: bytes, rng: random.Random) -> bytes:
-    """The text of a JSON file with other values, or a text that is not JSON."""
+    """A JSON file with other values, or bytes that are not JSON."""
     change = rng.randrange(20)
     if change < 14:
         tree = json.loads(data)
@@ -142,11 +140,11 @@ class Tensors(NamedTuple):
 
 
 def changed_safetensors(file: bytes, rng: random.Random) -> bytes:
-    """A safetensors file with damaged bytes, a header that lies, or odd numbers."""
+    """A safetensors file with damaged bytes, a wrong header, or odd numbers."""
     if rng.random() < 0.3:
         return changed_bytes(file, rng)
     tensors = Tensors.of(file)
-    # As a file without checksums. Otherwise they would hide all other checks.
+    # Checksums would find the damage before all other checks, so they are removed.
     for name in ("checksums", "checksums_crc32"):
         tensors.header.get("__metadata__", {}).pop(name, None)
     if not tensors.names():
@@ -175,7 +173,7 @@ def changed_safetensors(file: bytes, rng: random.Random) -> bytes:
 
 
 def _lie_about(entry: dict[str, Any], rng: random.Random) -> None:
-    """Another dtype or shape in the header of a tensor, or offsets outside."""
+    """Changes a tensor's header to another dtype or shape, or to wrong offsets."""
     change = rng.randrange(4)
     if change == 0:
         entry["dtype"] = rng.choice(DTYPES)
@@ -188,7 +186,7 @@ def _lie_about(entry: dict[str, Any], rng: random.Random) -> None:
 
 
 def _with_odd_numbers(tensors: Tensors, name: str, rng: random.Random) -> Tensors:
-    """Zeros, ones of all bits, NaN or infinity in the bytes of one tensor."""
+    """Replaces numbers of one tensor by 0, by all bits set, by NaN or by infinity."""
     entry = tensors.header[name]
     start, stop = entry["data_offsets"]
     patterns = {

@@ -109,9 +109,13 @@ class Checkpoint(Mapping[str, Any]):
         )
 
     def read_slice(self, name: str, number: int) -> jax.Array | np.ndarray:
-        """One matrix of a stack of matrices in floats: `checkpoint[name][number]`.
+        """One matrix of a stack of matrices, in floats: `checkpoint[name][number]`.
 
-        Only this matrix is read.
+        Only this matrix is read from a safetensors file.
+
+        Args:
+          name: of the parameter.
+          number: of the matrix.
 
         Raises:
           KeyError: there is no parameter with this name.

@@ -50,7 +50,7 @@ def read_gguf(
 def _parameters(
     file: GgufFile, name: str, architecture: str, config: Mapping[str, Any]
 ) -> Iterator[Parameter]:
-    """The parameters that a tensor holds: one, or one of each expert.
+    """The parameters that a tensor holds: one, or one for each expert.
 
     Raises:
       ValueError: a stack does not have the experts of the config.
@@ -83,10 +83,10 @@ def _parameter(
     Args:
       file: open.
       name: of the tensor in the file.
-      target: of the parameter.
+      target: the name of the parameter.
       architecture: of the file.
       config: of Hugging Face.
-      expert: its number in the tensor; None if the tensor is no stack.
+      expert: the number of the expert; None if the tensor is no stack of experts.
     """
     header = file.headers[name]
     shape = header.array_shape if expert is None else header.array_shape[1:]

@@ -59,7 +59,11 @@ def export_gguf(
 def _tensors(
     parts: CheckpointParts, architecture: str, config: Mapping[str, Any], caller: str
 ) -> dict[str, NewTensor]:
-    """The tensors of the file by name. Experts of a layer are stacked."""
+    """The tensors of the file by name. Experts of a layer are stacked.
+
+    Raises:
+      ValueError: a tensor of the file cannot hold a parameter. One error lists them.
+    """
     tensors: dict[str, NewTensor] = {}
     stacks: dict[str, dict[int, NewTensor]] = {}
     problems = []
@@ -68,40 +72,40 @@ def _tensors(
             target = gguf_name(name, config["model_type"])
             if target is None:
                 raise ValueError(f"the architecture {architecture} does not have it")
-            own_name, expert = target
-            tensor = _tensor(parts, name, own_name, architecture, config)
+            tensor_name, expert = target
+            tensor = _tensor(parts, name, tensor_name, architecture, config)
             if expert is None:
-                tensors[own_name] = tensor
+                tensors[tensor_name] = tensor
                 continue
-            experts = stacks.setdefault(own_name, {})
+            experts = stacks.setdefault(tensor_name, {})
+            _check_same_kind(tensor, next(iter(experts.values()), tensor))
             experts[expert] = tensor
-            tensors[own_name] = _stack(experts)
+            tensors[tensor_name] = tensor  # the stack takes this place below
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(f"{caller}: format='gguf' cannot hold these weights:\n{lines}")
-    return tensors
+    return tensors | {name: _stack(experts) for name, experts in stacks.items()}
+
+
+def _check_same_kind(tensor: NewTensor, other: NewTensor) -> None:
+    """Raises a ValueError if two experts have different types or shapes."""
+    if (tensor.type, tensor.shape) != (other.type, other.shape):
+        raise ValueError(
+            f"it is {tensor.type}{list(tensor.shape)}, and another expert of its layer "
+            f"is {other.type}{list(other.shape)}"
+        )
 
 
 def _stack(experts: Mapping[int, NewTensor]) -> NewTensor:
-    """The tensor of several experts.
-
-    Raises:
-      ValueError: they have different types or shapes.
-    """
+    """The tensor of all experts of a layer, in the order of their numbers."""
     in_order = [experts[number] for number in sorted(experts)]
-    first, last = in_order[0], in_order[-1]
-    if (last.type, last.shape) != (first.type, first.shape):
-        raise ValueError(
-            f"it is {last.type}{list(last.shape)}, and another expert of its layer is "
-            f"{first.type}{list(first.shape)}"
-        )
 
     def read() -> np.ndarray:
         return np.stack([tensor.read() for tensor in in_order])
 
-    return NewTensor(first.type, (len(in_order), *first.shape), read)
+    return NewTensor(in_order[0].type, (len(in_order), *in_order[0].shape), read)
 
 
 def _tensor(
@@ -116,7 +120,7 @@ def _tensor(
     Args:
       parts: the checkpoint.
       name: of the parameter.
-      target: of the tensor in the file.
+      target: the name of the tensor in the file.
       architecture: of the file.
       config: of Hugging Face.
     """
@@ -140,7 +144,7 @@ def _tensor(
 
 
 def _kind(value: Any, target: str) -> str:
-    """The type of the tensor that holds a parameter."""
+    """The type of the tensor `target` that holds a parameter."""
     if isinstance(value, QTensor):
         if value.meta.activation is not None:
             raise ValueError("it quantizes its inputs, and GGUF cannot say so")

@@ -102,7 +102,7 @@ _FRACTIONS = ("rms_norm_eps", "rope_theta")
 def hf_name(name: str, model_type: str) -> str:
     """The name in a Hugging Face checkpoint. An unknown name is returned unchanged.
 
-    The name of a stack of experts has the place "{}" for the number of an expert.
+    For a stack of experts, the result has "{}" in the place of an expert's number.
     """
     block = _BLOCK.fullmatch(name)
     mixture = _MIXTURES.get(model_type)
@@ -222,7 +222,7 @@ def metadata_of(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     sizes = dict(_SIZES)
     if config.get("model_type") in _MIXTURES:
         sizes |= _EXPERT_SIZES
-        if "num_experts" in entries:  # some families have this name
+        if "num_experts" in entries:  # Qwen3-MoE has this name
             entries["num_local_experts"] = entries["num_experts"]
     values: dict[str, Any] = {
         "general.architecture": architecture,

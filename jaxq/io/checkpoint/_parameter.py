@@ -28,7 +28,8 @@ class StoredTensor(NamedTuple):
       shape: as `read` returns it.
       dtype: as `read` returns it.
       read: reads it.
-      read_rows: reads the rows from a start to a stop. None reads all rows for it.
+      read_rows: reads the rows from a start to a stop. If it is None, `read_row` reads
+        the whole tensor.
     """
 
     file: Path
@@ -104,6 +105,10 @@ class Parameter(NamedTuple):
     def read_slice(self, number: int, caller: str) -> jax.Array | np.ndarray:
         """One matrix of a stack, in floats.
 
+        Args:
+          number: of the matrix.
+          caller: the name that error messages begin with.
+
         Raises:
           ValueError: as `read`.
         """
@@ -136,7 +141,7 @@ class Parameter(NamedTuple):
                 self._check_small(tensor, caller)
                 constants[name] = tensor.read()
             else:
-                # jax warns if it must narrow 64 bits itself while it traces.
+                # Without x64, jax warns if it must narrow a dtype of 64 bits itself.
                 dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
                 shapes[name] = jax.ShapeDtypeStruct(tensor.shape, dtype)
         key = (

@@ -75,9 +75,10 @@ def parts_of(source: Any, caller: str) -> CheckpointParts:
 
 
 def companion_files(path: Path) -> dict[str, bytes]:
-    """The files of a directory that do not depend on the form of the weights, by name.
+    """The files of a directory that do not depend on its weights: bytes by name.
 
-    These are those of the tokenizer, the chat template and the settings of generation.
+    These are the files of the tokenizer, the chat template and the settings of
+    generation. Files that do not exist are left out.
     """
     files = {name: path / name for name in _PASSED_FILES}
     return {name: file.read_bytes() for name, file in files.items() if file.is_file()}

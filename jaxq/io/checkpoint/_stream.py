@@ -54,6 +54,8 @@ from jaxq.recipes import Recipe, as_recipe
 
 _CALLER = "jaxq.io.quantize_checkpoint"
 _SHARD_BYTES = 2 * 10**9
+# No format stores a weight in more tensors than this.
+_MOST_TENSORS = 12
 
 
 def quantize_checkpoint(
@@ -69,12 +71,13 @@ def quantize_checkpoint(
     """Quantizes a checkpoint that may be larger than the memory.
 
     Parameters are read, quantized and written one by one, and stacks of experts matrix
-    by matrix. Reading the next one and writing the last one overlap with this. Memory
-    holds about four times the largest one at most, whatever the size of the model is.
+    by matrix. While one is quantized, threads read the next one and write the last one.
+    Memory holds at most about four times the largest parameter or matrix, whatever the
+    size of the model is.
 
     If the run is killed, call the function again with the same arguments. It checks the
-    hashes of the shards that are whole, and goes on with the next one. `config.json` is
-    written last, so nothing takes a part for the whole.
+    hashes of the whole shards, and goes on with the next shard. `config.json` is
+    written last, so no reader takes a part for the whole.
 
     Args:
       source: a directory or a GGUF file, as in `read_checkpoint`. Quantized weights are
@@ -87,22 +90,22 @@ def quantize_checkpoint(
       format: as in `export`, without "gguf" and "hf". The specs of the recipe must fit.
         "mxfp4" quantizes the stacks of experts of GPT-OSS, and leaves all other weights
         in floats.
-      statistics: for methods that need data, such as GPTQ: a file of `jaxq statistics`,
-        or statistics by path, as `jaxq.nn.calibrate` returns them, or a file of
-        `jaxq.save` with these. Of a file, a few layers are in memory at a time.
+      statistics: the statistics of the layers' inputs, for methods that need data, such
+        as GPTQ. This is a file of `jaxq statistics`, the result of `jaxq.nn.calibrate`,
+        or a file of `jaxq.save` with this result. Of a file, only the statistics of a
+        few layers are in memory at a time.
       shard_bytes: each shard has the parameters of so many bytes of the source.
       progress: show a line of progress. None shows it on a terminal.
 
     Returns:
-      What was done with each parameter by name: the name of its format, or why it stays
-      as it is.
+      For each parameter by name: the name of its format, or why it stays as it is.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the recipe is unknown, needs what is not there, or has a rule that
-        matches nothing; a weight has a number that is not finite, or does not fit the
-        format; a file is damaged; or `out` has a checkpoint, or the record of another
-        run.
+      ValueError: the recipe is unknown, needs statistics that are missing, or has a
+        rule that matches nothing; a weight has a number that is not finite, or does not
+        fit the format; a file is damaged; or `out` has a checkpoint, or the record of
+        another run.
       OSError: a file cannot be read or written. The error names it.
 
     Example:
@@ -206,7 +209,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
 def _try_each_shape(
     checkpoint: Checkpoint, steps: list[Step], kind: Target, format: str
 ) -> None:
-    """Quantizes ones of each shape, so that what cannot work fails before the work.
+    """Quantizes a weight of ones of each shape, so that errors come before the work.
 
     Raises:
       ValueError: weights do not fit their spec or the format. One error lists them.
@@ -242,14 +245,14 @@ def _write_shard(
     convert: Convert,
     line: _ProgressLine,
 ) -> dict[str, WeightSettings]:
-    """Writes one shard. A killed run leaves a temporary file, which the next removes.
+    """Writes one shard. If a run is killed, the next run removes its temporary file.
 
     Returns:
       The settings of the quantized weights by the path of their module.
     """
     remove_leftovers(path.parent, path.name)
     settings: dict[str, WeightSettings] = {}
-    names = [name for step in steps for name in _names_of_tensors(step, kind)]
+    names = [name for step in steps for name in _names_of_tensors(step)]
     most_bytes = 2 * sum(step.num_bytes for step in steps)
     with (
         NewFile(path, _CALLER) as file,
@@ -281,9 +284,12 @@ def _write_shard(
     return settings
 
 
-def _names_of_tensors(step: Step, kind: Target) -> list[str]:
-    """The names of all tensors that a step may write."""
-    return [step.name] * (1 if step.rule is None else 12)
+def _names_of_tensors(step: Step) -> list[str]:
+    """One name for each tensor that a step may write, to reserve space in the header.
+
+    The names of the tensors of a quantized weight end in another way.
+    """
+    return [step.name] * (1 if step.rule is None else _MOST_TENSORS)
 
 
 def _add_all(
@@ -298,7 +304,10 @@ def _add_all(
 
 
 class _Writer:
-    """A thread that makes one call at a time, while the next tensors are computed."""
+    """A thread that writes tensors while the next ones are computed.
+
+    It makes one call at a time, in their order.
+    """
 
     def __init__(self):
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(1)
@@ -315,7 +324,7 @@ class _Writer:
             self._thread.join()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Makes a call soon. Raises the error of an earlier call."""
+        """Makes a call after the earlier ones. Raises the error of an earlier call."""
         if self._error is not None:
             raise self._error
         self._calls.put(function)
@@ -360,7 +369,7 @@ def _finish(
     config = dict(parts.config)
     config["quantization_config"] = combined_config(settings, floats, kind, format)
     texts: dict[str, str | bytes] = dict(parts.files)
-    # Those of other weights would be read instead of the shards.
+    # A file of an earlier checkpoint would be read instead of the new shards.
     (out / (INDEX if names == [SINGLE] else SINGLE)).unlink(missing_ok=True)
     if names != [SINGLE]:
         sizes = {}
@@ -397,7 +406,7 @@ def _from_json(entries: Mapping[str, Any]) -> dict[str, WeightSettings]:
 
 
 class _ProgressLine:
-    """Bytes of the source, GB/s and the time left, on stderr."""
+    """A line on stderr: bytes of the source, GB/s and the time left."""
 
     def __init__(self, total: int, progress: bool | None):
         self._is_shown = sys.stderr.isatty() if progress is None else progress
@@ -405,7 +414,7 @@ class _ProgressLine:
         self._start = time.monotonic()
 
     def add(self, num_bytes: int) -> None:
-        """Shows that so many more bytes were quantized."""
+        """Adds bytes that were quantized, and shows the new line."""
         self._done += num_bytes
         if not self._is_shown:
             return

@@ -1,4 +1,4 @@
-"""Reads the parameters for `quantize_checkpoint`, each while the last one is used."""
+"""Reads parameters for `quantize_checkpoint`, one ahead of the one that is used."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Piece(NamedTuple):
 
     Attributes:
       step: what happens to the parameter.
-      slice: the number of the matrix.
+      slice: the number of the matrix in the stack; 0 for a whole parameter.
     """
 
     step: Step
     slice: int = 0
 
     def read(self, checkpoint: Checkpoint) -> Any:
-        """Its numbers, in floats."""
+        """The parameter or the matrix, in floats."""
         if self.step.num_slices:
             return checkpoint.read_slice(self.step.name, self.slice)
         return checkpoint[self.step.name]
 
     def statistics(self, statistics: Statistics | None) -> LayerStats | None:
-        """The statistics of its inputs; None if its method uses none."""
+        """The statistics of the inputs; None if the method uses none."""
         if statistics is None or self.step.place is None:
             return None
         number = self.slice if self.step.num_slices else None
@@ -39,16 +39,17 @@ class Piece(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Its part of the bytes of the parameter."""
+        """Its share of the bytes of the parameter. The shares add up to all bytes."""
         count = max(1, self.step.num_slices)
-        ends = [self.step.num_bytes * n // count for n in (self.slice, self.slice + 1)]
-        return ends[1] - ends[0]
+        start = self.step.num_bytes * self.slice // count
+        stop = self.step.num_bytes * (self.slice + 1) // count
+        return stop - start
 
 
 def read_pieces(
     checkpoint: Checkpoint, steps: list[Step]
 ) -> Generator[tuple[Piece, Any], None, None]:
-    """Each piece with its numbers. The next one is read while this one is used."""
+    """Yields each piece with its numbers. A thread reads the next one meanwhile."""
     ready: queue.Queue[Any] = queue.Queue()
     slots = threading.Semaphore(1)
     stopped = threading.Event()
@@ -73,7 +74,7 @@ def read_pieces(
     thread.start()
     try:
         for _ in pieces:
-            # Without a name here, so that the caller can free the parameter.
+            # A name here would keep the parameter in memory after the caller's use.
             yield _next(ready, slots)
     finally:
         stopped.set()
@@ -82,7 +83,11 @@ def read_pieces(
 
 
 def _next(ready: queue.Queue[Any], slots: threading.Semaphore) -> tuple[Piece, Any]:
-    """The next piece with its numbers. Lets the reader read another one."""
+    """The next piece with its numbers. The thread may then read one more.
+
+    Raises:
+      BaseException: the error of the thread.
+    """
     item = ready.get()
     if isinstance(item, BaseException):
         raise item

@@ -1,4 +1,4 @@
-"""What `quantize_checkpoint` does with each parameter, known before any is read."""
+"""What `quantize_checkpoint` does with each parameter, before any is read."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Step(NamedTuple):
       name: of the parameter.
       num_bytes: of the source.
       rule: how the weight is quantized; None if it stays as it is.
-      reason: why it stays as it is.
-      num_slices: of a stack of matrices, which are read and written one by one; 0 if
-        the parameter is no stack.
-      place: where the statistics are that the method uses; None if it uses none.
+      reason: why it stays as it is; empty if it is quantized.
+      num_slices: the number of matrices in a stack, which are read and written one by
+        one; 0 if the parameter is no stack.
+      place: where the statistics for its method are; None if the method uses none.
     """
 
     name: str
@@ -96,7 +96,8 @@ def plan_steps(
         place = None
         if rule is not None and statistics is not None and _uses_data(rule):
             place = _place(name, parents, statistics)
-            missing += [name] if place is None else []
+            if place is None:
+                missing.append(name)
         steps.append(Step(name, num_bytes, rule, reason, num_slices, place))
     if missing:
         raise ValueError(
@@ -126,8 +127,8 @@ def quantized_weight(
 ) -> QTensor:
     """The weight `[out, in]`, or a matrix `[in, out]` of a stack, quantized.
 
-    A method that needs statistics and has none rounds to nearest. The result has the
-    same shapes.
+    If a method needs statistics and `stats` is None, weights are rounded to nearest.
+    `_try_each_shape` uses this, because codes and scales have the same shapes then.
 
     Raises:
       ValueError: the weight cannot be quantized to the spec, or a number is not finite.
@@ -171,7 +172,7 @@ def _place(name: str, parents: set[str], statistics: Statistics) -> Place | None
 
 
 def _refuse_data(rule: Rule, has_statistics: bool, caller: str) -> None:
-    """Raises if a rule needs more than the weight and the statistics of its inputs."""
+    """Raises a ValueError if a rule needs more than a weight and its statistics."""
     method, options = methods.get(rule.method), dict(rule.options)
     problem = remedy = ""
     if method.needs_data(options) and not has_statistics:
@@ -195,7 +196,10 @@ def _refuse_data(rule: Rule, has_statistics: bool, caller: str) -> None:
 def _choose(
     name: str, shape: Any, recipe: Recipe, kind: Target, parents: set[str]
 ) -> tuple[Rule | None, str]:
-    """The rule that matches a parameter, and why it stays as it is (empty if not)."""
+    """The rule that matches a parameter, and the reason why it stays as it is.
+
+    The rule is None if none matches. The reason is empty if the rule quantizes.
+    """
     is_matrix = len(shape.shape) == 2 and name.endswith(_WEIGHT)
     is_stack = len(shape.shape) == 3 and _EXPERTS in name
     if not is_matrix and not is_stack:
@@ -221,15 +225,16 @@ def _choose(
 
 
 def _parents_of_experts(names: Iterable[str]) -> set[str]:
-    """The modules that have experts: "model.layers.0.mlp"."""
+    """The modules that have experts, for example "model.layers.0.mlp"."""
     return {name.partition(_EXPERTS)[0] for name in names if _EXPERTS in name}
 
 
 def _paths(name: str, parents: set[str]) -> list[str]:
-    """The paths of a module in rules, as files and as `jaxq.models` have them.
+    """The paths by which rules and statistics can name a module.
 
-    The models do not begin with "model". All experts of a layer have one path, and the
-    gate beside them is the router.
+    These are the path in the file and the path in `jaxq.models`. A path of these models
+    does not begin with "model", all experts of a layer have one path, and the gate
+    beside the experts is the router.
     """
     module = name.removesuffix(_WEIGHT)
     modules = [module, _NUMBER_OF_EXPERT.sub(_EXPERTS, module)]

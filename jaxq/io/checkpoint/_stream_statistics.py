@@ -1,7 +1,7 @@
 """Statistics of the inputs of layers, for `quantize_checkpoint`.
 
-They are those of `jaxq.nn.calibrate`: a mapping in memory, or a file whose layers are
-read one at a time.
+They are the result of `jaxq.nn.calibrate`, in memory or in a file. The layers of a file
+are read one at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from jaxq.serialization import open_dict
 
 # The name of the statistics in a file of `jaxq statistics`.
 _LAYERS = "layers"
-# The experts of a layer may have three weights, whose files take turns.
+# Files may list the three projections of expert 0, then those of expert 1, and so on.
+# So the statistics of three layers are used in turns.
 _MOST_KEPT = 3
 
 
@@ -30,7 +31,8 @@ class Place(NamedTuple):
 
     Attributes:
       layer: the path of the layer.
-      expert: the number of the expert in the statistics of all experts of a layer.
+      expert: the number of the expert, if the statistics of all experts of the layer
+        are stacked; None otherwise.
     """
 
     layer: str
@@ -38,16 +40,17 @@ class Place(NamedTuple):
 
 
 class Statistics:
-    """The statistics of the layers of a model, of which a few are in memory.
+    """The statistics of the layers of a model. A few of a file are in memory.
 
     Args:
-      source: a file of `jaxq statistics`, a file of `jaxq.save`, or statistics by path.
-      stack: closes the file.
+      source: a file of `jaxq statistics`, a file of `jaxq.save`, or a mapping from
+        paths of layers to statistics.
+      stack: closes the file at its end.
       caller: the name that error messages begin with.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file has something else.
+      ValueError: the file holds something else.
     """
 
     def __init__(
@@ -72,6 +75,10 @@ class Statistics:
     def of(self, place: Place, slice: int | None = None) -> LayerStats:
         """The statistics of a weight, or of one matrix of a stack.
 
+        Args:
+          place: of the statistics.
+          slice: the number of the matrix; None for a whole weight.
+
         Raises:
           ValueError: the entry has no statistics, or the file is damaged.
         """
@@ -86,7 +93,10 @@ class Statistics:
         return jax.tree.map(lambda array: array[number], stats)
 
     def fingerprint(self) -> Any:
-        """What differs for other statistics, as JSON."""
+        """A value for JSON that other statistics do not have.
+
+        It is the size and the time of the file, or a digest of the numbers in memory.
+        """
         if self._file is not None:
             status = os.stat(self._file)
             return [status.st_size, status.st_mtime_ns]
@@ -100,6 +110,7 @@ class Statistics:
     def _read(self, path: str) -> LayerStats:
         value = self._layers[path]
         if isinstance(value, Mapping):
-            # These fields are not used, and may hold the state of any observer.
+            # Weight methods do not use these fields. An observer's state can have any
+            # structure, so it cannot be checked here.
             value = {**value, "observed": None, "patches": None}
         return as_stats(value, empty_stats(1))

@@ -96,6 +96,24 @@ class AdapterAxes:
             precision="highest",
         )
 
+    def new_matrices(
+        self, weight: Any, rank: int, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """A new A, `[*stack, *batch, K, r]`, and B = 0, `[*stack, *batch, r, N]`.
+
+        A is uniform between -1 / sqrt(K) and 1 / sqrt(K), as in PEFT.
+
+        Args:
+          weight: the frozen weight, of which only the shape is used.
+          rank: r.
+          key: PRNG key of A.
+        """
+        bound = self.size_in**-0.5
+        lead = (*self.stack_of(weight), *self.sizes(self.batch))
+        shape = (*lead, self.size_in, rank)
+        a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+        return a, jnp.zeros((*lead, rank, self.size_out), jnp.float32)
+
     def as_matrix(self, weight: jax.Array) -> jax.Array:
         """A weight as `[*stack, *batch, K, N]`."""
         num_stacked = weight.ndim - len(self.shape)
@@ -127,7 +145,7 @@ class AdapterAxes:
         Args:
           spec: the entries of the weight's PartitionSpec, one for each axis. Missing
             entries at the end are None.
-          ndim: the number of axes of the weight, those of a stack included.
+          ndim: the number of axes of the weight, including the axes of a stack.
         """
         spec = (*spec, *(None,) * (ndim - len(spec)))
         num_stacked = ndim - len(self.shape)

@@ -87,8 +87,10 @@ def add_lora(
       key: PRNG key of A and of dropout. None uses `jax.random.key(0)`.
 
     Returns:
-      A model of the same class. The adapters of a layer are in the attribute that holds
-      its product, for example `lora.layers[0].mlp.up_proj.dot_general.lora_a`.
+      A model of the same class. The adapter of a layer is in the attribute that holds
+      its product, for example `lora.layers[0].mlp.up_proj.dot_general.lora_a`. A weight
+      `[in, out]` has the matrices `lora_a` `[in, rank]` and `lora_b` `[rank, out]`, of
+      the dtype `param_dtype`.
 
     Raises:
       TypeError: `model` is not an nnx module, or `initial` is unknown.
@@ -135,7 +137,7 @@ def add_lora(
 
 
 def _refuse_shared(model: nnx.Module, layers: Sequence[Any], start: ErrorStart) -> None:
-    """Raises a ValueError if a weight is quantized again that several layers share."""
+    """Raises a ValueError if a start would quantize a shared weight again."""
     if start.steps == 1:
         return
     users = Counter(
@@ -192,7 +194,8 @@ def chosen_paths(
         return chosen
     chosen = set()
     for pattern in (targets,) if isinstance(targets, str) else targets:
-        matching = {p for p, _ in layers if compile_pattern(pattern).matches(p)}
+        compiled = compile_pattern(pattern)
+        matching = {path for path, _ in layers if compiled.matches(path)}
         if not matching:
             raise ValueError(
                 f"{caller}: targets={pattern!r} matches no layer that can have an "
@@ -211,15 +214,21 @@ def target_layers(
     *,
     dora: bool,
 ) -> list[Any]:
-    """The layers that get adapters, after all checks.
+    """The layers that get adapters: path, module and kind of each.
+
+    Args:
+      model: a flax nnx module.
+      targets: as in `add_lora`.
+      caller: the name of the public function. Errors begin with this name.
+      dora: whether the adapters have magnitudes.
 
     Raises:
       ValueError: a pattern matches no layer, or a layer cannot have an adapter.
     """
     layers = list(find_layers(model))
     if targets is None:
-        # A model of other layers only keeps them, for an error that says why.
-        layers = [x for x in layers if x.kind.hook in HOOKS] or layers
+        # If no layer can have an adapter, all stay, and the error below says why.
+        layers = [layer for layer in layers if layer.kind.hook in HOOKS] or layers
     paths = [(layer.path, layer.kind.name) for layer in layers]
     chosen = chosen_paths(paths, targets, caller)
     normalized = normalized_layers(model)
@@ -268,50 +277,45 @@ def _problem(layer: Any, kind: Any, *, dora: bool) -> str | None:
 
 
 def put_adapter(
-    found: Any, options: Options, start: ErrorStart | None, key: jax.Array
+    target: Any, options: Options, start: ErrorStart | None, key: jax.Array
 ) -> None:
     """Puts a new adapter on one layer, in place.
 
     Args:
-      found: the path, the module and the kind of the layer.
+      target: the path, the module and the kind of the layer.
       options: of the adapter.
       start: as `initial` of `add_lora`. None stands for "zero".
       key: PRNG key of A and of dropout.
     """
-    path, layer, kind = found
+    path, layer, kind = target
     axes = AdapterAxes.of(kind.roles(layer))
     variable = getattr(layer, kind.weight)
     weight = variable.get_value()
     rank = options.rank
     a_key, dropout_key = jax.random.split(key)
     if start is None:
-        # As in PEFT: uniform between -1 / sqrt(K) and 1 / sqrt(K).
-        bound = axes.size_in**-0.5
-        lead = (*axes.stack_of(weight), *axes.sizes(axes.batch))
-        a_shape = (*lead, axes.size_in, rank)
-        a = jax.random.uniform(a_key, a_shape, jnp.float32, -bound, bound)
-        b = jnp.zeros((*lead, rank, axes.size_out), jnp.float32)
+        a, b = axes.new_matrices(weight, rank, a_key)
     else:
         weight, a, b = start.matrices(path, weight, axes, rank)
         variable.set_value(weight)
         b = b / lora_scale(options.alpha, rank, rslora=options.rslora)
     dtype = options.dtype
-    put_matrices(found, a.astype(dtype), b.astype(dtype), options, dropout_key)
+    put_matrices(target, a.astype(dtype), b.astype(dtype), options, dropout_key)
 
 
 def put_matrices(
-    found: Any, a: jax.Array, b: jax.Array, options: Options, key: jax.Array
+    target: Any, a: jax.Array, b: jax.Array, options: Options, key: jax.Array
 ) -> LoRAProduct:
     """Puts an adapter with given matrices on one layer, in place.
 
     Args:
-      found: the path, the module and the kind of the layer.
+      target: the path, the module and the kind of the layer.
       a: `[*stack, *batch, K, r]`.
       b: `[*stack, *batch, r, N]`.
       options: of the adapter.
       key: PRNG key of dropout.
     """
-    _, layer, kind = found
+    _, layer, kind = target
     axes = AdapterAxes.of(kind.roles(layer))
     variable = getattr(layer, kind.weight)
     weight = variable.get_value()
@@ -336,9 +340,11 @@ def put_matrices(
     )
     if options.dora:
         rank_axis = len(stack) + axes.num_batch
-        own = (*entries[1][:rank_axis], *entries[1][rank_axis + 1 :])
-        product.start_dora(float_weight(weight), _metadata(variable, own))
-    # Flax takes a function as static. The module has Variables.
+        # The magnitudes have the axes of B without that of the rank.
+        kept_entries = (*entries[1][:rank_axis], *entries[1][rank_axis + 1 :])
+        product.start_dora(float_weight(weight), _metadata(variable, kept_entries))
+    # Flax treats the attribute as static, because it held a function. A module with
+    # Variables must be data.
     setattr(layer, kind.hook, nnx.data(product))
     return product
 
@@ -356,25 +362,31 @@ def _weight_entries(variable: nnx.Variable) -> tuple:
 def _metadata(variable: nnx.Variable, entries: tuple) -> Mapping[str, Any]:
     """The metadata of an adapter's Variable, from those of the weight.
 
-    The Variable does not move its value, so no mesh context is necessary: the value
-    lies where the weight lies.
+    `_placed` has put the value on the mesh of the weight. With `eager_sharding`, Flax
+    would move it again, and would need a mesh context for that.
+
+    Args:
+      variable: of the weight.
+      entries: the mesh axes of each axis of the adapter's matrix.
     """
     if not _weight_entries(variable):
         return {}
     metadata = variable.get_metadata()
     is_quantized = isinstance(variable, QuantizedParam)
-    names = ("out_sharding", "sharding_rules")
-    sources = (WEIGHT_SHARDING, WEIGHT_SHARDING_RULES) if is_quantized else names
-    axes, place = metadata.get(sources[0]), entries
+    axes_key = WEIGHT_SHARDING if is_quantized else "out_sharding"
+    rules_key = WEIGHT_SHARDING_RULES if is_quantized else "sharding_rules"
+    axes, rules = metadata.get(axes_key), metadata.get(rules_key)
+    adapter_axes: Any = entries
     if isinstance(axes, NamedSharding):
-        place = NamedSharding(axes.mesh, PartitionSpec(*entries))
-    rules = metadata.get(sources[1])
-    own = {names[0]: place, "eager_sharding": False}
-    return own | ({names[1]: rules} if rules else {})
+        adapter_axes = NamedSharding(axes.mesh, PartitionSpec(*entries))
+    result = {"out_sharding": adapter_axes, "eager_sharding": False}
+    if rules:
+        result["sharding_rules"] = rules
+    return result
 
 
 def _placed(value: jax.Array, weight: Any, entries: tuple) -> jax.Array:
-    """An adapter's matrix on the mesh of its weight; on one device if that has none."""
+    """An adapter's matrix on the mesh of its weight, if the weight is on a mesh."""
     leaf = weight.data if isinstance(weight, QTensor) else weight
     sharding = named_sharding(leaf)
     if sharding is None:

@@ -25,6 +25,7 @@ from jaxq.files import (
     NewFile,
     TensorFile,
     check_folder,
+    listed,
     parse_json,
     read_text,
     remove_leftovers,
@@ -46,7 +47,6 @@ from jaxq.training.lora._product import LoRAProduct
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-_MOST_LISTED = 8
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 # Entries of a config that change what the adapters compute, with the values that jaxq
@@ -74,28 +74,30 @@ def save_lora(
     base_model: str | None = None,
     names: Names | None = None,
 ) -> None:
-    """Writes the adapters of a model as PEFT does. The frozen weights are not written.
+    """Writes the adapters of a model as PEFT does, without the frozen weights.
 
     The directory then has `adapter_config.json` and `adapter_model.safetensors`. PEFT
     loads them with `PeftModel.from_pretrained(model, path)`.
 
-    With `loftq(steps=...)` above 1, the codes differ from those of the quantized model.
-    Save the whole model with `jaxq.save` then.
+    If `loftq` with `steps` above 1 started the adapters, the codes differ from those of
+    the quantized model. Then save the whole model with `jaxq.save`.
 
     Args:
       path: a directory. It is created if it does not exist.
       lora: the result of `jaxq.training.add_lora`.
       base_model: the name of the frozen model, for the config.
       names: `names(path, number)` returns the name of a layer in the file. `number` is
-        the place of a layer in a stack, or None. Without it, a `jaxq.models.Llama` has
-        the names of Hugging Face, and other models have paths with dots.
+        the place of the layer in a stack, or None if it is in no stack. Without
+        `names`, the layers of a `jaxq.models.Llama` have the names of Hugging Face.
+        Layers of other models, and of families that fuse or rename the projections of
+        Llama, have their paths with dots.
 
     Raises:
       ValueError: the model has no adapter; the adapters differ in dropout, rsLoRA or
         DoRA; a layer has batch axes or transforms its input; or a name is unknown.
 
     Example:
-      >>> import jax.numpy as jnp, jaxq, os, tempfile
+      >>> import jaxq, os, tempfile
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
       >>> qmodel, _ = jaxq.quantize_model(model, "nf4")
@@ -103,7 +105,6 @@ def save_lora(
       >>> with tempfile.TemporaryDirectory() as path:
       ...   jaxq.training.save_lora(path, lora)
       ...   print(sorted(os.listdir(path)))
-      ...   again = jaxq.training.load_lora(path, qmodel)
       ['adapter_config.json', 'adapter_model.safetensors']
     """
     caller = "training.save_lora"
@@ -145,6 +146,10 @@ def load_lora(
       names: as in `save_lora`.
       key: PRNG key of dropout. None uses `jax.random.key(0)`.
 
+    Returns:
+      A model like the result of `jaxq.training.add_lora`. The adapters have the dtype
+      of the file.
+
     Raises:
       FileNotFoundError: one of the files does not exist.
       ValueError: a file is damaged; it needs something that jaxq does not have, such as
@@ -152,7 +157,15 @@ def load_lora(
         other sizes; or it lacks adapters for some layers of a stack.
 
     Example:
-      See `save_lora`.
+      >>> import jaxq, tempfile
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+      >>> lora = jaxq.training.add_lora(model, rank=4)
+      >>> with tempfile.TemporaryDirectory() as path:
+      ...   jaxq.training.save_lora(path, lora)
+      ...   loaded = jaxq.training.load_lora(path, model)
+      >>> loaded.layers[0].dot_general.rank
+      4
     """
     caller = "training.load_lora"
     folder = Path(path)
@@ -167,27 +180,21 @@ def load_lora(
     if unknown:
         raise ValueError(
             f"{caller}: {folder} has adapters for layers that the model does not have: "
-            f"{_listed(unknown)}. Its layers are: {_listed([*named])}. Pass names= if "
+            f"{listed(unknown)}. Its layers are: {listed([*named])}. Pass names= if "
             "their names differ."
         )
-    paths: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}  # the names of each layer or stack, by path
     for name, item in named.items():
         if name in stored:
-            paths.setdefault(item.layer.path, []).append(name)
-    layers = target_layers(model, [*paths], caller, dora=bool(config.get("use_dora")))
+            names_of.setdefault(item.layer.path, []).append(name)
+    dora = bool(config.get("use_dora"))
+    layers = target_layers(model, [*names_of], caller, dora=dora)
     key = jax.random.key(0) if key is None else key
     for index, layer in enumerate(layers):
         refuse_unsupported(layer, model, caller)
-        own = paths[layer.path]
-        _put(layer, own, stored, config, jax.random.fold_in(key, index), caller)
+        layer_key = jax.random.fold_in(key, index)
+        _put(layer, names_of[layer.path], stored, config, layer_key, caller)
     return model
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The names, or the first ones if they are many."""
-    more = len(names) - _MOST_LISTED
-    shown = ", ".join(names[:_MOST_LISTED])
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 # Writing.
@@ -218,21 +225,33 @@ def _tensors(item: NamedLayer, product: LoRAProduct) -> dict[str, np.ndarray]:
 def _config(
     owners: Mapping[str, LoRAProduct], all_names: Sequence[str], caller: str
 ) -> dict[str, Any]:
-    """The config of PEFT for adapters by the names of their modules."""
-    for field in ("dropout", "rslora", "magnitude"):
-        values = {
-            (value is not None) if field == "magnitude" else value
-            for value in (getattr(product, field) for product in owners.values())
-        }
+    """The config of PEFT.
+
+    Args:
+      owners: the products with adapters, by the names of their layers in the file.
+      all_names: the names of all layers that could have an adapter.
+      caller: the name of the public function.
+
+    Raises:
+      ValueError: the adapters differ in an option that PEFT has once for all.
+    """
+    products = owners.values()
+    options = {
+        "dropout": {product.dropout for product in products},
+        "rslora": {product.rslora for product in products},
+        "DoRA": {product.magnitude is not None for product in products},
+    }
+    for option, values in options.items():
         if len(values) > 1:
-            word = "DoRA" if field == "magnitude" else field
             raise ValueError(
-                f"{caller}: the adapters differ in {word}, and PEFT's config has one "
+                f"{caller}: the adapters differ in {option}, and PEFT's config has one "
                 "value for all. Save a model whose adapters have the same options."
             )
-    first = next(iter(owners.values()))
-    rank, rank_pattern = _common({n: p.rank for n, p in owners.items()})
-    alpha, alpha_pattern = _common({n: _plain(p.alpha) for n, p in owners.items()})
+    first = next(iter(products))
+    ranks = {name: product.rank for name, product in owners.items()}
+    alphas = {name: _plain(product.alpha) for name, product in owners.items()}
+    rank, rank_pattern = _common(ranks)
+    alpha, alpha_pattern = _common(alphas)
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -252,14 +271,16 @@ def _config(
 
 
 def _plain(alpha: float) -> float:
-    """A number as an integer if it is one, because PEFT writes integers."""
+    """An integer if the number is whole, because PEFT writes integers."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and the values of the other modules by name."""
+    """The most common value, and the other values by a pattern of the layer's name."""
     common = Counter(values.values()).most_common(1)[0][0]
-    others = {re.escape(n): v for n, v in values.items() if v != common}
+    others = {
+        re.escape(name): value for name, value in values.items() if value != common
+    }
     return common, others
 
 
@@ -273,7 +294,7 @@ def _target_modules(names: Sequence[str], all_names: Sequence[str]) -> list[str]
 def _write(
     path: Path, tensors: Mapping[str, np.ndarray], config: Any, caller: str
 ) -> None:
-    """Writes both files. A reader sees both or the old ones."""
+    """Writes both files. Both are whole before the first one replaces an old one."""
     path.mkdir(parents=True, exist_ok=True)
     check_folder(path, caller)
     for name in (TENSORS, CONFIG):
@@ -314,7 +335,11 @@ def _check_config(config: Any, path: Path, caller: str) -> None:
 def _by_module(
     tensors: Mapping[str, np.ndarray], caller: str
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The tensors of each module, by the last part of their names."""
+    """The tensors of each layer, by the last part of their names.
+
+    Raises:
+      ValueError: a tensor is not one of an adapter, or a layer lacks a matrix.
+    """
     modules: dict[str, dict[str, np.ndarray]] = {}
     for name, value in tensors.items():
         match = _TENSOR.fullmatch(name.removeprefix(_PREFIX))
@@ -333,7 +358,7 @@ def _by_module(
 
 def _put(
     layer: Any,
-    own: Sequence[str],
+    names: Sequence[str],
     stored: Mapping[str, Mapping[str, np.ndarray]],
     config: Mapping[str, Any],
     key: jax.Array,
@@ -343,24 +368,28 @@ def _put(
 
     Args:
       layer: path, module and kind.
-      own: the names of its layers in the file, in the order of a stack.
+      names: of the layer in the file. A stack has several, in its order.
       stored: the tensors of each layer, by name.
       config: of PEFT.
       key: PRNG key of dropout.
       caller: the name of the public function.
+
+    Raises:
+      ValueError: the file lacks layers of the stack, their ranks or alphas differ, or a
+        matrix does not fit the layer or the config.
     """
     path, module, kind = layer
     axes = AdapterAxes.of(kind.roles(module))
     stack = axes.stack_of(getattr(module, kind.weight).get_value())
     num_layers = int(np.prod(stack))
-    if len(own) != num_layers:
+    if len(names) != num_layers:
         raise ValueError(
-            f"{caller}: the file has adapters for {len(own)} of the {num_layers} "
+            f"{caller}: the file has adapters for {len(names)} of the {num_layers} "
             f"layers in the stack {path}. Use a model with its layers in a list, for "
             "example jaxq.models.unrolled(model)."
         )
-    alphas = {_alpha(config, name) for name in own}
-    shapes = {tuple(stored[name]["lora_A.weight"].shape) for name in own}
+    alphas = {_alpha(config, name) for name in names}
+    shapes = {tuple(stored[name]["lora_A.weight"].shape) for name in names}
     if len(alphas) > 1 or len(shapes) > 1:
         raise ValueError(
             f"{caller}: the layers of the stack {path} have different ranks or alphas. "
@@ -369,7 +398,7 @@ def _put(
         )
     rank = next(iter(shapes))[0]
     dora = bool(config.get("use_dora"))
-    for name in own:
+    for name in names:
         _check_shapes(name, stored[name], axes, rank, caller)
         if ("lora_magnitude_vector" in stored[name]) != dora:
             raise ValueError(
@@ -378,12 +407,13 @@ def _put(
                 "again."
             )
 
-    def joined(part: str) -> jax.Array:
-        values = [stored[name][part].T for name in own]
+    def stacked(part: str) -> jax.Array:
+        """The transposed tensors of all layers, `[*stack, ...]`."""
+        values = [stored[name][part].T for name in names]
         value = np.stack(values) if stack else values[0]
         return jnp.asarray(value.reshape(*stack, *values[0].shape))
 
-    a, b = joined("lora_A.weight"), joined("lora_B.weight")
+    a, b = stacked("lora_A.weight"), stacked("lora_B.weight")
     options = Options(
         rank=rank,
         alpha=next(iter(alphas)),
@@ -394,7 +424,7 @@ def _put(
     )
     product = put_matrices(layer, a, b, options, key)
     if product.magnitude is not None:
-        magnitude = joined("lora_magnitude_vector")
+        magnitude = stacked("lora_magnitude_vector")
         shape = product.magnitude[...].shape
         product.magnitude.set_value(magnitude.astype(jnp.float32).reshape(shape))
 

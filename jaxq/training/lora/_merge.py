@@ -44,8 +44,8 @@ def merge_lora(model: nnx.Module, *, requantize: Any = False) -> Any:
 
     With `requantize`, these float weights are quantized again. This loses a part of
     what the adapters learned, because the steps between codes are often larger than the
-    change. The report shows the error of each weight. Its notes compare it with the
-    change that the adapter made.
+    change. The report shows the error of each weight. With `requantize=True`, its notes
+    compare this error with the change that the adapter made.
 
     Args:
       model: the result of `jaxq.training.add_lora`, trained or not.
@@ -85,15 +85,29 @@ def merge_lora(model: nnx.Module, *, requantize: Any = False) -> Any:
         raise ValueError(
             f"{CALLER}: the model has no adapter. Call jaxq.training.add_lora first."
         )
-    if requantize is not True:
-        for _, layer, kind, product in adapters:
-            variable = getattr(layer, kind.weight)
-            weight = variable.get_value()
-            merged = product.merged(float_weight(weight)).astype(weight.dtype)
-            _remove(layer, kind, product, float_param(merged, variable))
-        if requantize is False:
-            return model
-        return quantize_model(model, requantize)
+    if requantize is True:
+        _refuse_floats(adapters)
+        return model, _requantize(model, adapters)
+    for _, layer, kind, product in adapters:
+        variable = getattr(layer, kind.weight)
+        weight = variable.get_value()
+        merged = product.merged(float_weight(weight)).astype(weight.dtype)
+        _replace_adapter(layer, kind, product, float_param(merged, variable))
+    if requantize is False:
+        return model
+    return quantize_model(model, requantize)
+
+
+def find_adapters(model: nnx.Module) -> Iterator[tuple[str, Any, Any, LoRAProduct]]:
+    """Yields path, module, kind and `LoRAProduct` of each layer with an adapter."""
+    for path, layer, kind in find_layers(model):
+        product = getattr(layer, kind.hook, None) if kind.hook in HOOKS else None
+        if isinstance(product, LoRAProduct):
+            yield path, layer, kind, product
+
+
+def _refuse_floats(adapters: list[Any]) -> None:
+    """Raises a ValueError if some weights have no spec to quantize them again."""
     floats = [
         path
         for path, layer, kind, _ in adapters
@@ -105,15 +119,6 @@ def merge_lora(model: nnx.Module, *, requantize: Any = False) -> Any:
             f"weights are floats: {', '.join(floats)}. Pass a preset name, a QuantSpec "
             "or a Recipe as requantize=."
         )
-    return model, _requantize(model, adapters)
-
-
-def find_adapters(model: nnx.Module) -> Iterator[tuple[str, Any, Any, LoRAProduct]]:
-    """Yields path, module, kind and `LoRAProduct` of each layer with an adapter."""
-    for path, layer, kind in find_layers(model):
-        product = getattr(layer, kind.hook, None) if kind.hook in HOOKS else None
-        if isinstance(product, LoRAProduct):
-            yield path, layer, kind, product
 
 
 def _requantize(model: nnx.Module, adapters: list[Any]) -> Report:
@@ -128,7 +133,7 @@ def _requantize(model: nnx.Module, adapters: list[Any]) -> Report:
         note = _note(before, merged, qt, product.rank)
         name = "/".join(filter(None, (path, kind.weight)))
         quantized[name] = quantized_row(name, kind.name, merged, qt, None, (note,))
-        _remove(layer, kind, product, variable.replace(qt))
+        _replace_adapter(layer, kind, product, variable.replace(qt))
     layers = {layer.path for layer in find_layers(model)}
     rows = []
     for path, variable in find_variables(model):
@@ -139,23 +144,23 @@ def _requantize(model: nnx.Module, adapters: list[Any]) -> Report:
 
 
 def _note(before: jax.Array, merged: jax.Array, qt: QTensor, rank: int) -> str:
-    """The error of the new codes, as a share of what the adapter changed."""
+    """Compares the error of the new codes with the change by the adapter."""
     change = float(jnp.linalg.norm(jnp.ravel(merged - before)))
     error = jnp.linalg.norm(jnp.ravel(dequantize(qt, dtype=jnp.float32) - merged))
     if change == 0:
         return f"merged with an adapter of rank {rank} that changes nothing"
-    share = float(error) / change
+    ratio = float(error) / change
     return (
-        f"merged with an adapter of rank {rank}; the error is {share:.2f} times the "
+        f"merged with an adapter of rank {rank}; the error is {ratio:.2f} times the "
         "change by the adapter"
     )
 
 
-def _remove(
+def _replace_adapter(
     layer: Any, kind: Any, product: LoRAProduct, variable: nnx.Variable
 ) -> None:
-    """Gives a layer a merged weight and the product that it had, in place."""
-    # Other layers may share the frozen weight, so it does not change.
+    """Gives a layer its merged weight and the product that it had before, in place."""
+    # Other layers may share the frozen weight, so that Variable does not change.
     setattr(layer, kind.weight, variable)
     base = product.base
     is_module = isinstance(base, nnx.Module)

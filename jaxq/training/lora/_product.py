@@ -13,17 +13,17 @@ copy of W: the gradient of x passes through the layer's own product.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors, nnx
+from flax import nnx
 from jax import lax
 
 from jaxq import ops
 from jaxq.nn.layers import QuantStats
+from jaxq.training._state_changes import explained_state_change
 from jaxq.training.lora._adapter import AdapterAxes
 
 # Hook attribute of a layer -> position of the input among the arguments. The weight
@@ -35,21 +35,21 @@ class LoRAProduct(nnx.Module):
     """The product of one layer, with its adapter.
 
     Args:
-      hook: the attribute of the layer that holds this module.
-      base: the value of this attribute before.
+      hook: the name of the layer's attribute that holds this module.
+      base: the value that the attribute had before.
       axes: the axes of the layer's weight.
       a: the matrix A, see `_adapter.py`.
       b: the matrix B.
       alpha: the scale of the adapter is `alpha / rank`.
-      rslora: the scale is `alpha / sqrt(rank)` instead.
-      dropout: the share of inputs of the adapter that are set to 0 in train mode.
+      rslora: True uses the scale `alpha / sqrt(rank)` instead.
+      dropout: the share of the adapter's inputs that train mode sets to 0.
       key: PRNG keys of dropout, `[*stack]`. None without dropout.
       metadata: the metadata of the Variables of A and of B.
 
     Attributes:
-      lora_a, lora_b: `nnx.LoRAParam`s.
-      magnitude: of DoRA, an `nnx.LoRAParam` `[*stack, *batch, *kept]`. None without
-        DoRA. `start_dora` sets it.
+      lora_a, lora_b: the matrices A and B, `nnx.LoRAParam`s.
+      magnitude: the norms that DoRA trains, an `nnx.LoRAParam`
+        `[*stack, *batch, *kept]`. None without DoRA. `start_dora` sets it.
       norm: the norms of the frozen weight, a `QuantStats` like `magnitude`.
       deterministic: True without dropout. `model.eval()` and `model.train()` set it.
     """
@@ -96,7 +96,7 @@ class LoRAProduct(nnx.Module):
         return lora_scale(self.alpha, self.rank, rslora=self.rslora)
 
     def delta(self) -> jax.Array:
-        """`scale * A B` with the axes of the weight, float32."""
+        """`scale * A B`, float32, with the axes of the weight."""
         a, b = self.lora_a.get_value(), self.lora_b.get_value()
         return self.scale * self.axes.product(a, b)
 
@@ -132,13 +132,16 @@ class LoRAProduct(nnx.Module):
         x, weight = args[position : position + 2]
         a = self.lora_a.get_value().astype(x.dtype)
         b = self.lora_b.get_value().astype(x.dtype)
-        multiply = dot_change if self.hook == "dot_general" else _einsum
+        if self.hook == "dot_general":
+            multiply, numbering = dot_change, args[2:]  # dimension numbers
+        else:
+            multiply, numbering = _einsum, args[:1]  # subscripts
         change = multiply(
             self.axes,
             self._with_dropout(x),
             a,
             b,
-            *(args[2:] if position == 0 else args[:1]),
+            *numbering,
             precision=kwargs.get("precision"),
             out_sharding=kwargs.get("out_sharding"),
         )
@@ -149,9 +152,12 @@ class LoRAProduct(nnx.Module):
         return total.astype(y.dtype)
 
     def _with_dropout(self, x: jax.Array) -> jax.Array:
+        """The adapter's input. Train mode sets a share of its numbers to 0."""
         if self.stream is None or self.deterministic:
             return x
-        with _explained():
+        with explained_state_change(
+            "training.add_lora", "a layer with dropout", "random stream"
+        ):
             key = self.stream()
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         factor = jnp.asarray(1 / (1 - self.dropout), x.dtype)
@@ -160,7 +166,7 @@ class LoRAProduct(nnx.Module):
     # DoRA. Shapes: n = the kept axes of the weight.
 
     def _norm_of(self, weight: jax.Array) -> jax.Array:
-        """The norm of each output, `[*stack, *batch, *n]`."""
+        """The norm of each output, `[*stack, *batch, *n]`. Norms of 0 become 1."""
         num_stacked = weight.ndim - len(self.axes.shape)
         inside = tuple(num_stacked + axis for axis in self.axes.contracting)
         norm = jnp.sqrt(jnp.sum(weight * weight, axis=inside))
@@ -195,7 +201,7 @@ class LoRAProduct(nnx.Module):
         return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
     def _over_contracted(self, factor: jax.Array) -> jax.Array:
-        """`[*stack, *batch, *n]` with contracted axes of size 1."""
+        """A factor `[*stack, *batch, *n]` with contracted axes of size 1."""
         num_stacked = factor.ndim - len(self.axes.shape) + len(self.axes.contracting)
         places = tuple(num_stacked + axis for axis in self.axes.contracting)
         return jnp.expand_dims(factor, places)
@@ -223,7 +229,20 @@ def dot_change(
     precision: Any,
     out_sharding: Any,
 ) -> jax.Array:
-    """`(x A) B` in float32, as `lax.dot_general` with the weight computes it."""
+    """`(x A) B`, float32, with the axes of the product with the weight.
+
+    Args:
+      axes: of the weight.
+      x: the input of the layer.
+      a: the matrix A, of the dtype of `x`.
+      b: the matrix B, of the dtype of `x`.
+      dims: the dimension numbers of the product with the weight.
+      precision: as in `lax.dot_general`.
+      out_sharding: as in `lax.dot_general`.
+
+    Returns:
+      float32 `[*batch, *free, *kept]`, where free are the other axes of `x`.
+    """
     # A has the batch axes and the contracted axes of the weight at the same places.
     inner = lax.dot_general(
         x, a, dims, precision=precision, preferred_element_type=jnp.float32
@@ -249,7 +268,7 @@ def _einsum(
     precision: Any,
     out_sharding: Any,
 ) -> jax.Array:
-    """`(x A) B` in float32, as an einsum with the weight computes it."""
+    """`dot_change` for a layer whose product with the weight is an einsum."""
     inputs, out = subscripts.replace(" ", "").split("->")
     left, right = inputs.split(",")
     rank = next(letter for letter in "RSTUVW" if letter not in inputs)
@@ -273,17 +292,3 @@ def _einsum(
         preferred_element_type=jnp.float32,
         out_sharding=out_sharding,
     )
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Explains the error of Flax for a random stream that cannot be changed here."""
-    try:
-        yield
-    except errors.TraceContextError as error:
-        raise ValueError(
-            "training.add_lora: a layer with dropout is called in train mode inside "
-            "jax.jit, jax.grad, jax.checkpoint, jax.vmap or a jax.lax loop. A model "
-            "cannot change its random stream inside these transforms. Use nnx.jit, "
-            "nnx.grad, nnx.remat or nnx.scan. To evaluate, call model.eval()."
-        ) from error

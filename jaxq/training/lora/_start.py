@@ -6,8 +6,8 @@ two steps, starting with A B = 0:
     Q = quantize(W - A B)
     A B = the nearest matrix of rank r to W - Q     # truncated SVD
 
-LQER uses one such step after quantization by any method, and does not train. With
-statistics of the inputs, it weighs each row of the error by the size of its input.
+LQER uses the second step alone, after quantization by any method, and does not train.
+With statistics of the inputs, it weighs each row of the error by the size of its input.
 """
 
 from __future__ import annotations
@@ -35,14 +35,22 @@ from jaxq.training.lora._adapter import AdapterAxes
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ErrorStart:
-    """How adapters start from quantization errors. `loftq` and `lqer` make it.
+    """How adapters start from quantization errors. `loftq` and `lqer` return it.
 
     Attributes:
-      name: of the function that made it.
+      name: of the function that returned it.
       weights: the float weights, by the path of their layer.
       steps: the number of SVDs. With more than one, weights are quantized again.
-      input_sizes: the root mean square of each input, by the path of the layer. Empty
-        weighs all rows of an error equally.
+      input_sizes: the root mean square of each input, by the path of the layer:
+        float32 `[*stack, K]`. If it is empty, all rows of an error count equally.
+
+    Example:
+      >>> import jaxq
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+      >>> start = jaxq.training.loftq(model)
+      >>> start.name, start.steps, list(start.weights)
+      ('loftq', 5, ['layers/0'])
     """
 
     name: str
@@ -69,13 +77,16 @@ class ErrorStart:
     def matrices(
         self, path: str, weight: Any, axes: AdapterAxes, rank: int
     ) -> tuple[Any, jax.Array, jax.Array]:
-        """(the weight, A, B) of one layer. A and B are matrices, and the scale is 1.
+        """The weight of one layer, and the matrices A and B for a scale of 1.
 
         Args:
           path: of the layer.
           weight: the frozen weight, a QTensor or floats.
           axes: of the weight of one layer.
           rank: of A B.
+
+        Returns:
+          (the weight, A `[*stack, *batch, K, r]`, B `[*stack, *batch, r, N]`).
 
         Raises:
           ValueError: the float weight of this layer has another shape.
@@ -90,23 +101,23 @@ class ErrorStart:
         floats = floats.astype(jnp.float32)
         input_size = self.input_sizes.get(path)
 
-        def fitted(weight: Any) -> tuple[jax.Array, jax.Array]:
+        def fit_error_of(weight: Any) -> tuple[jax.Array, jax.Array]:
             error = axes.as_matrix(floats - float_weight(weight))
             return nearest_product(error, rank, input_size)
 
-        a, b = fitted(weight)
+        a, b = fit_error_of(weight)
         for _ in range(self.steps - 1):
             change = axes.product(axes.a_from_matrix(a), axes.b_from_matrix(b))
             weight = quantized_again(weight, floats - change)
-            a, b = fitted(weight)
+            a, b = fit_error_of(weight)
         return weight, a, b
 
 
 def loftq(model: nnx.Module, *, steps: int = 5) -> ErrorStart:
     """Adapters that start from the quantization error (LoftQ).
 
-    Weights with adapters are quantized again, to the nearest codes of their spec. So
-    with `steps` above 1, the codes of GPTQ or AWQ are lost. `steps=1` keeps the codes.
+    With `steps` above 1, weights with adapters are quantized again, each number alone.
+    So the codes of GPTQ or AWQ are lost. `steps=1` keeps the codes.
 
     Args:
       model: the float model from which the quantized model was made.
@@ -177,13 +188,13 @@ def lqer(
       Reconstruction", 2025 (weights from the mean square of each input).
     """
     sizes = {}
-    for path, stats in ({} if statistics is None else statistics).items():
-        sizes[path] = _input_size(stats)
+    if statistics is not None:
+        sizes = {path: _input_size(stats) for path, stats in statistics.items()}
     return ErrorStart("lqer", _float_weights(model, "training.lqer"), 1, sizes)
 
 
 def start_of(initial: Any, caller: str) -> ErrorStart | None:
-    """The argument `initial` of `add_lora`. None stands for "zero".
+    """The start that `initial` of `add_lora` describes. None stands for "zero".
 
     Raises:
       TypeError: `initial` is unknown.
@@ -201,31 +212,32 @@ def start_of(initial: Any, caller: str) -> ErrorStart | None:
 def nearest_product(
     error: jax.Array, rank: int, input_size: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """A and B of rank r with the smallest error of `error - A B`, by a truncated SVD.
+    """A and B of rank r whose product is nearest to an error, by a truncated SVD.
 
     Args:
       error: float32 `[*lead, K, N]`.
-      rank: r. Ranks above min(K, N) are filled with zeros.
-      input_size: `[*lead, K]` or `[K]`, the weight of each row of the error.
+      rank: r. If it is above min(K, N), zeros fill the other columns and rows.
+      input_size: float32 `[*lead, K]` or `[K]`, how much each row of the error counts.
+        None counts all rows equally.
 
     Returns:
-      (A `[*lead, K, r]`, B `[*lead, r, N]`). Both have equal shares of the singular
-      values.
+      (A `[*lead, K, r]`, B `[*lead, r, N]`), float32. Each has the square roots of the
+      singular values as factors.
     """
-    row = None
+    row_size = None
     if input_size is not None:
-        # An input that is always 0 does not count, but its row must stay finite.
+        # A is divided by the sizes, so none may be 0, even if an input is always 0.
         smallest = jnp.max(input_size, axis=-1, keepdims=True) * 1e-4
-        row = jnp.maximum(input_size, smallest)[..., None]
-        row = jnp.where(row > 0, row, jnp.ones_like(row))
-        error = row * error
+        row_size = jnp.maximum(input_size, smallest)[..., None]  # [*lead, K, 1]
+        row_size = jnp.where(row_size > 0, row_size, jnp.ones_like(row_size))
+        error = row_size * error
     u, s, vt = jnp.linalg.svd(error, full_matrices=False)
     num = min(rank, s.shape[-1])
     root = jnp.sqrt(s[..., :num])
     a = u[..., :num] * root[..., None, :]
     b = root[..., :, None] * vt[..., :num, :]
-    if row is not None:
-        a = a / row
+    if row_size is not None:
+        a = a / row_size
     missing = rank - num
     no_padding = [(0, 0)] * (error.ndim - 1)
     a = jnp.pad(a, [*no_padding, (0, missing)])
@@ -241,11 +253,11 @@ def float_weight(weight: Any) -> jax.Array:
 
 
 def quantized_again(qt: Any, floats: jax.Array) -> Any:
-    """Floats quantized to nearest, with the spec and the input scale of a QTensor.
+    """Floats quantized with the spec and the input scale of a QTensor.
 
     Args:
-      qt: a QTensor. Floats in its place are returned as they are.
-      floats: of the same shape.
+      qt: the QTensor. If it is an array of floats instead, it is returned as it is.
+      floats: the new values, of the same shape.
 
     Raises:
       ValueError: the spec rounds stochastically.
@@ -294,7 +306,7 @@ def _quantize(
 
 
 def _input_size(stats: LayerStats) -> jax.Array:
-    """The root mean square of each input, `[*lead, K]`, up to a common factor."""
+    """The root mean square of each input, `[*lead, K]`, times a common factor."""
     if stats.hessian is not None:
         square = jnp.diagonal(stats.hessian, axis1=-2, axis2=-1)
     else:

@@ -75,7 +75,7 @@ class LoRAModule(Quantized):
         depth = 0 if self.scope is None else len(self.path)
         adapters = {adapter.scope: adapter for adapter in self._jaxq_adapters}
         base = super()._jaxq_interceptor()
-        return functools.partial(_with_adapter, base, adapters, depth)
+        return functools.partial(_call_with_adapter, base, adapters, depth)
 
 
 def add_lora(
@@ -100,19 +100,23 @@ def add_lora(
     Args:
       module: a linen module, or the result of `jaxq.nn.linen.quantize_model`.
       variables: its variables, a dict or a FrozenDict. They do not change.
-      rank: as in `jaxq.training.add_lora`, like the next four.
+      rank: the number of columns of A and of rows of B.
       alpha: the scale is `alpha / rank`.
-      targets: patterns of the paths of layers.
-      rslora: True uses the scale `alpha / sqrt(rank)`.
+      targets: patterns of the paths of layers, as in `jaxq.training.add_lora`. None
+        chooses all Dense and DenseGeneral layers except routers and output heads.
+      rslora: True uses the scale `alpha / sqrt(rank)` (rsLoRA).
       param_dtype: dtype of the adapters.
       key: PRNG key of A. None uses `jax.random.key(0)`.
       example: as in `jaxq.nn.linen.quantize_model`.
 
     Returns:
-      (a module, variables). The outputs are those of `module` until training.
+      (a module, variables). B starts as 0, so the outputs are those of `module` until
+      training. A weight `[in, out]` has "lora_a" `[in, rank]` and "lora_b"
+      `[rank, out]` beside it.
 
     Raises:
-      TypeError: `module` is not a linen module, or another wrapper of jaxq.
+      TypeError: `module` is not a linen module, or is a wrapper of jaxq that cannot
+        have adapters.
       ValueError: a number is out of range; a pattern matches no layer; a layer cannot
         have an adapter; or the module cannot be called with the example.
 
@@ -147,16 +151,20 @@ def add_lora(
     paths = [(layer.path, layer.kind.name) for layer in layers]
     chosen = chosen_paths(paths, targets, CALLER)
     layers = [layer for layer in layers if layer.path in chosen]
-    problems = [(layer.path, _problem(layer, params)) for layer in layers]
-    refuse([f"  {path or 'the module'}: {p}" for path, p in problems if p], CALLER)
+    problems = []
+    for layer in layers:
+        problem = _problem(layer, params)
+        if problem:
+            problems.append(f"  {layer.path or 'the module'}: {problem}")
+    refuse(problems, CALLER)
     key = jax.random.key(0) if key is None else key
     scale = lora_scale(alpha, rank, rslora=rslora)
     adapters = []
     for index, layer in enumerate(layers):
         axes = AdapterAxes.of(layer.roles)
         weight = value_in_box(params[layer.key])
-        own_key = jax.random.fold_in(key, index)
-        matrices = _new_matrices(axes, weight, rank, own_key)
+        a, b = axes.new_matrices(weight, rank, jax.random.fold_in(key, index))
+        matrices = axes.a_from_matrix(a), axes.b_from_matrix(b)
         for name, matrix in zip(_NAMES, matrices, strict=True):
             params[(*layer.scope, name)] = matrix.astype(param_dtype)
         adapters.append(Adapter(layer.scope, layer.kind.weight, axes, scale))
@@ -219,6 +227,9 @@ def lora_mask(variables: Any) -> Any:
       variables: variables, or the "params" in them, from
         `jaxq.training.linen.add_lora`.
 
+    Returns:
+      A tree like `variables`, for `optax.masked`.
+
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> from flax import linen
@@ -235,21 +246,29 @@ def lora_mask(variables: Any) -> Any:
 
 
 def partition_lora(variables: Any) -> tuple[Any, Any]:
-    """Splits variables into those of the adapters and the frozen ones.
+    """Splits variables into those of the adapters and the frozen variables.
 
     Args:
       variables: as in `lora_mask`.
 
     Returns:
-      (adapters, rest). `jaxq.combine(adapters, rest)` joins them again.
+      (adapters, frozen). Each has None in the places of the other one.
+      `jaxq.combine(adapters, frozen)` joins them again.
 
     Example:
-      See `add_lora`.
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> from flax import linen
+      >>> module = linen.Dense(8)
+      >>> variables = module.init(jax.random.key(0), jnp.ones((2, 64)))
+      >>> _, variables = jaxq.training.linen.add_lora(module, variables, rank=4)
+      >>> adapters, frozen = jaxq.training.linen.partition_lora(variables)
+      >>> adapters["params"]["lora_a"].shape, frozen["params"]["kernel"].shape
+      ((64, 4), (64, 8))
     """
     mask = lora_mask(variables)
-    adapters = jax.tree.map(lambda own, x: x if own else None, mask, variables)
-    rest = jax.tree.map(lambda own, x: None if own else x, mask, variables)
-    return adapters, rest
+    adapters = jax.tree.map(lambda is_own, x: x if is_own else None, mask, variables)
+    frozen = jax.tree.map(lambda is_own, x: None if is_own else x, mask, variables)
+    return adapters, frozen
 
 
 def _check_module(module: Any) -> None:
@@ -284,25 +303,13 @@ def _problem(layer: Any, params: Mapping[Any, Any]) -> str | None:
     return layer.problem
 
 
-def _new_matrices(
-    axes: AdapterAxes, weight: Any, rank: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A, uniform as in PEFT, and B = 0, with the axes of a stack in front."""
-    bound = axes.size_in**-0.5
-    lead = (*axes.stack_of(weight), *axes.sizes(axes.batch))
-    shape = (*lead, axes.size_in, rank)
-    a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    b = jnp.zeros((*lead, rank, axes.size_out), jnp.float32)
-    return axes.a_from_matrix(a), axes.b_from_matrix(b)
-
-
 def _rebuilt(variables: Mapping[str, Any], params: Any) -> Any:
-    """Variables with other parameters, of the same type of dict."""
+    """Variables with other parameters. A FrozenDict stays one."""
     tree = with_params(variables, params)
     return freeze(tree) if isinstance(variables, FrozenDict) else tree
 
 
-def _with_adapter(
+def _call_with_adapter(
     base: Callable[..., Any],
     adapters: Mapping[tuple[str, ...], Adapter],
     depth: int,

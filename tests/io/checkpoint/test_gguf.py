@@ -98,6 +98,22 @@ def test_experts_are_stacks_in_the_file(tmp_path, family):
         np.testing.assert_array_equal(floats, np.swapaxes(own, -1, -2))
 
 
+def test_experts_of_other_dtypes_are_refused(tmp_path):
+    # Names are sorted as texts, so expert 2 comes after expert 11.
+    experts = dataclasses.replace(EXPERTS, num_experts=12, intermediate_size=32)
+    model = make(**SIZES, num_hidden_layers=1, experts=experts)
+    models.save(tmp_path, model, dtype=jnp.float32)
+    path = tmp_path / "model.safetensors"
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = safetensors.load_file(path)
+    name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    safetensors.save_file(tensors | {name: tensors[name].astype(np.float16)}, path)
+    with jaxq.io.read_checkpoint(tmp_path) as checkpoint:
+        assert [*checkpoint].index(name) > [*checkpoint].index(name.replace("2", "11"))
+        with pytest.raises(ValueError, match=r"experts.2.w1.weight: it is F16"):
+            jaxq.io.export(checkpoint, tmp_path / "model.gguf", format="gguf")
+
+
 def test_a_stack_without_all_experts_is_refused(tmp_path):
     path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
     options = MIXTURES["mixtral"][1]
