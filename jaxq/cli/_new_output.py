@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import secrets
@@ -19,6 +20,12 @@ from jaxq.cli._options import OWN_FORMAT
 _GGUF = ".gguf"
 _TOKENIZER = "tokenizer.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# The names that a model directory has. `--overwrite` deletes no other file.
+_MODEL_FILES = (
+    *("*.json", "model*.safetensors", "*.jinja", "*.model"),
+    *("merges.txt", "vocab.txt", "README.md", "LICENSE*", ".gitattributes"),
+)
+_MODEL_FOLDERS = ("1_Pooling", "2_Normalize")
 
 
 def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
@@ -30,6 +37,8 @@ def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
             )
         check_file(out, overwrite)
         return
+    if not out.name:
+        raise click.UsageError(f"--out {out}: this path has no name. Give it one.")
     _check_parent(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise click.UsageError(f"--out {out}: this is not a directory.")
@@ -37,6 +46,22 @@ def check_output(out: Path, overwrite: bool, format: str = OWN_FORMAT) -> None:
         raise click.UsageError(
             f"--out {out}: the directory is not empty. Pass --overwrite to replace it."
         )
+    if out.is_dir():
+        _check_only_model(out)
+
+
+def _check_only_model(out: Path) -> None:
+    """Raises click.UsageError if a directory holds more than one model."""
+    for entry in sorted(out.iterdir()):
+        if entry.is_dir():
+            is_known = entry.name in _MODEL_FOLDERS
+        else:
+            is_known = any(fnmatch.fnmatch(entry.name, name) for name in _MODEL_FILES)
+        if not is_known:
+            raise click.UsageError(
+                f"--out {out}: --overwrite would delete {entry.name}, which does not "
+                "belong to a model. Choose another directory."
+            )
 
 
 def check_file(out: Path, overwrite: bool) -> None:

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import click
 
 from jaxq import io, models, observers
-from jaxq.nn.calibration import as_stats
-from jaxq.observers import LayerStats, Observer, empty_stats, merge_stats
+from jaxq.observers import LayerStats, Observer, as_stats, empty_stats, merge_stats
 from jaxq.serialization import open_dict
 
 _KIND = "statistics"

@@ -430,14 +430,22 @@ def _encoder_config(
     if scan_layers:
         raise ValueError("scan_layers=True is for decoders. Leave it out.")
     modules = _read_optional_json(path / "modules.json") or []
+    is_list = isinstance(modules, list)
+    if not is_list or not all(isinstance(module, dict) for module in modules):
+        raise ValueError(f"{path / 'modules.json'} is not a JSON list of objects")
     options: dict[str, Any] = {}
     for module in modules:
         kind = str(module.get("type")).rpartition(".")[2]
         if kind == "Normalize":
             options["normalizes"] = True
         elif kind == "Pooling":
-            file = path / str(module.get("path")) / CONFIG
-            options["pooling"] = _pooling(file)
+            folder = str(module.get("path"))
+            if folder != Path(folder).name:
+                raise ValueError(
+                    f"modules.json has the path {folder!r}; expected the name of a "
+                    "folder in the directory"
+                )
+            options["pooling"] = _pooling(path / folder / CONFIG)
         elif kind != "Transformer":
             raise ValueError(
                 f"modules.json has the step {module.get('type')!r}; expected "
@@ -449,6 +457,8 @@ def _encoder_config(
 def _pooling(file: Path) -> str:
     """The pooling that a file of sentence-transformers describes."""
     entries = _read_optional_json(file) or {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file} is not a JSON object")
     modes = [key for key, value in entries.items() if value is True]
     modes = [key for key in modes if key.startswith("pooling_mode_")]
     if len(modes) != 1 or modes[0] not in _POOLINGS:

@@ -1,6 +1,7 @@
 """A directory is complete, or it is as before."""
 
 import os
+from pathlib import Path
 
 import click
 import pytest
@@ -65,7 +66,26 @@ def test_outputs_that_cannot_be_written(tmp_path):
         check_output(tmp_path / "none" / "new", overwrite=True)
     with pytest.raises(click.UsageError, match="Pass --overwrite"):
         check_output(tmp_path, overwrite=False)
+    (tmp_path / "file").unlink()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "vocab.txt"):
+        (tmp_path / name).touch()
     check_output(tmp_path, overwrite=True)
+    with pytest.raises(click.UsageError, match="this path has no name"):
+        check_output(Path("."), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "stats.safetensors", "float/config.json"]
+)
+def test_overwrite_deletes_no_files_of_others(tmp_path, name):
+    (tmp_path / "config.json").touch()
+    other = tmp_path / name
+    other.parent.mkdir(exist_ok=True)
+    other.touch()
+    match = f"would delete {name.split('/')[0]}, which does not belong to a model"
+    with pytest.raises(click.UsageError, match=match):
+        check_output(tmp_path, overwrite=True)
+    assert other.exists()
 
 
 def test_gguf_is_a_file(tmp_path):

@@ -145,6 +145,29 @@ def test_a_quantized_encoder_is_saved(tmp_path):
     assert isinstance(again.layers[0].mlp.up_proj.kernel[...], jaxq.QTensor)
 
 
+POOLING = "sentence_transformers.models.Pooling"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", [1], "modules.json is not a JSON list of objects"),
+        ("modules.json", {"a": 1}, "modules.json is not a JSON list of objects"),
+        (
+            "modules.json",
+            [{"type": POOLING, "path": "../elsewhere"}],
+            r"has the path '\.\./elsewhere'; expected the name of a folder",
+        ),
+        ("1_Pooling/config.json", [1], r"1_Pooling.config\.json is not a JSON object"),
+    ],
+)
+def test_damaged_files_of_sentence_transformers(tmp_path, file, content, message):
+    save(tmp_path, Encoder(EncoderConfig(**SIZES), rngs=nnx.Rngs(0)))
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

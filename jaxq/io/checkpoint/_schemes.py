@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -120,12 +121,29 @@ _RANGES = (
 
 def _compressed_tensors(config: Settings) -> Scheme:
     """compressed-tensors. Each group of the config has its own settings."""
+    _refuse_transforms(config)
     groups = config.get("config_groups")
     groups = groups if isinstance(groups, Mapping) else {}
     if not groups or not all(isinstance(group, Mapping) for group in groups.values()):
         raise ValueError(
             "compressed-tensors: config_groups must be an object of groups, got "
             f"{config.get('config_groups')!r:.80}."
+        )
+
+    for name, group in groups.items():
+        entries = group.get("input_activations")
+        if entries and _dynamic_inputs(group) is None:
+            warnings.warn(
+                f"compressed-tensors: input_activations of {name} are "
+                f"{entries!r:.200}. jaxq reads dynamic 8-bit inputs only, so these "
+                "products use float inputs.",
+                stacklevel=2,
+            )
+    if config.get("kv_cache_scheme"):
+        warnings.warn(
+            "compressed-tensors: kv_cache_scheme is not read. Choose a cache with "
+            "`cache=` of `generate`.",
+            stacklevel=2,
         )
 
     def settings(module: str) -> Settings | None:
@@ -143,6 +161,23 @@ def _compressed_tensors(config: Settings) -> Scheme:
         ignored=_RANGES,
         inputs=inputs,
     )
+
+
+def _refuse_transforms(config: Settings) -> None:
+    """Raises ValueError if the weights are not all that a model needs."""
+    sparsity = config.get("sparsity_config")
+    is_dense = isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"
+    if sparsity and not is_dense:
+        raise ValueError(
+            f"compressed-tensors: sparsity_config is {sparsity!r:.80}. jaxq does not "
+            "read sparse weights."
+        )
+    if config.get("transform_config"):
+        raise ValueError(
+            "compressed-tensors: transform_config says that inputs are transformed "
+            "(for example by a Hadamard matrix) before products. jaxq does not read "
+            "such models."
+        )
 
 
 def _dynamic_inputs(group: Settings) -> Inputs | None:

@@ -168,6 +168,16 @@ REFUSED = {
         _config(config_groups=GROUPS),
         "weights must be a dict",
     ),
+    "rotated inputs": (
+        "compressed-tensors pack 4",
+        _config(transform_config={"config_groups": {"R1": {"type": "hadamard"}}}),
+        "transform_config says that inputs are transformed",
+    ),
+    "sparse weights": (
+        "compressed-tensors pack 4",
+        _config(sparsity_config={"format": "sparse-24-bitmask"}),
+        "sparsity_config is .*sparse-24-bitmask",
+    ),
     "two groups": (
         "compressed-tensors pack 4",
         _config(config_groups=TWO),
@@ -205,6 +215,24 @@ def test_a_damaged_weight_is_refused_by_name(tmp_path, name):
     ):
         checkpoint[f"{MODULE}.weight"]
     assert str(tmp_path) in str(caught.value)
+
+
+STATIC_INPUTS = {"num_bits": 8, "type": "int", "dynamic": False, "strategy": "tensor"}
+
+
+def test_settings_that_are_not_read_give_a_warning(tmp_path):
+    tensors, config = tensors_of("compressed-tensors pack 4", MODULE)
+    (group,) = config["config_groups"].values()
+    config["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    group["input_activations"] = STATIC_INPUTS
+    write(tmp_path, tensors, config)
+    with (
+        pytest.warns(UserWarning, match="these products use float inputs"),
+        pytest.warns(UserWarning, match="kv_cache_scheme is not read"),
+        read_checkpoint(tmp_path) as checkpoint,
+    ):
+        value = checkpoint[f"{MODULE}.weight"]
+    assert value.meta.activation is None
 
 
 def test_large_static_arrays_are_not_read(tmp_path):
