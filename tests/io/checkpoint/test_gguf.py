@@ -100,7 +100,7 @@ def test_experts_are_stacks_in_the_file(tmp_path, family):
 
 def test_experts_of_other_dtypes_are_refused(tmp_path):
     # Names are sorted as texts, so expert 2 comes after expert 11.
-    experts = dataclasses.replace(EXPERTS, num_experts=12, intermediate_size=32)
+    experts = dataclasses.replace(EXPERTS, num_experts=12)
     model = make(**SIZES, num_hidden_layers=1, experts=experts)
     models.save(tmp_path, model, dtype=jnp.float32)
     path = tmp_path / "model.safetensors"
