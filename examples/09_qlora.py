@@ -71,6 +71,9 @@ LORAS = {
 
 
 # %% One step: only the adapters have gradients and states of the optimizer
+tx = optax.adam(optax.cosine_decay_schedule(PEAK_LR, NUM_STEPS))
+
+
 @nnx.jit
 def train_step(lora, optimizer, inputs, targets):
     def loss_of(lora):
@@ -85,8 +88,7 @@ def train_step(lora, optimizer, inputs, targets):
 
 def train(name: str, lora: nnx.Module) -> nnx.Optimizer:
     """Trains the adapters in place, and returns the optimizer with its states."""
-    schedule = optax.cosine_decay_schedule(PEAK_LR, NUM_STEPS)
-    optimizer = nnx.Optimizer(lora, optax.adam(schedule), wrt=nnx.LoRAParam)
+    optimizer = nnx.Optimizer(lora, tx, wrt=nnx.LoRAParam)
     batches = windows(tokens, NUM_STEPS, BATCH, CONTEXT, seed=0)
     for i, (inputs, targets) in enumerate(batches):
         loss = train_step(lora, optimizer, inputs, targets)
