@@ -47,6 +47,7 @@ SUBJECTS = (
     "methods",
     "observers",
     "optimizers",
+    "qlora",
     "quantize",
     "recipes",
     "static_ranges",

@@ -1,9 +1,11 @@
 """The examples run from a shell and print what their docstrings promise."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +223,41 @@ def test_narrow_optimizer_states_train_as_float_states(tmp_path):
         assert state_bytes <= most_bytes
         assert low <= mean <= high
         assert max(abs(low), abs(high)) < most_change
+
+
+@pytest.mark.heavy
+def test_qlora_adapts_the_model_in_a_quarter_of_the_bytes():
+    pytest.importorskip(
+        "tokenizers", reason="the example reads a tokenizer: pip install jaxq[hf]"
+    )
+    out = run("examples/09_qlora.py", "--fast")
+    share = re.search(r"quantized weights take ([\d.]+) of the bytes of bfloat16", out)
+    assert share
+    # 4 bits, a byte for 64 numbers, and a float32 for 256 of these bytes.
+    bits = 4 + 8 / 64 + 32 / (64 * 256)
+    assert float(share[1]) == pytest.approx(bits / 16, abs=6e-4)
+    rows = {name: numbers(out, name, 5) for name in ("LoRA", "QLoRA", "QLoRA, LoftQ")}
+    for layers, model, _, before, after in rows.values():
+        assert layers < model
+        assert after < before
+    assert rows["QLoRA"][0] < 0.27 * rows["LoRA"][0]
+    assert rows["QLoRA"][1] < rows["LoRA"][1]
+    # The adapters alone have states of the optimizer.
+    assert rows["QLoRA"][2] == rows["LoRA"][2]
+
+
+def test_the_text_of_numpy_is_split_by_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    numpy_text = importlib.import_module("numpy_text")
+    characters = types.SimpleNamespace(
+        encode=lambda text: types.SimpleNamespace(ids=[ord(c) for c in text])
+    )
+    heldout = "".join(map(chr, numpy_text.heldout_tokens(characters, 50_000)))
+    training = "".join(map(chr, numpy_text.training_tokens(characters)))
+    assert "def qr(a, mode='reduced')" in heldout
+    assert "def qr(a, mode='reduced')" not in training
+    assert "def nanmean(" in training
+    assert len(numpy_text.training_tokens(characters, 1000)) == 1000
 
 
 @pytest.mark.heavy
