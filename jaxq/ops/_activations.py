@@ -149,7 +149,10 @@ def quantize_activation(x: jax.Array, weight: QTensor, axes: ActivationAxes) -> 
     mesh = all_explicit_mesh(x)
     if mesh is None or input_range is not None:
         return _quantize(x, spec, input_range, axes)
-    if specs_of_parts(x, spec, axes, explicit_spec(x), mesh) is None:
+    # `jax.vmap` may map over all axes of the mesh. Then there are no parts.
+    has_parts = axes.mapped is None or len(axes.mapped) < len(mesh.axis_names)
+    specs = specs_of_parts(x, spec, axes, explicit_spec(x), mesh)
+    if not has_parts or specs is None:
         return _quantize_in_xla(x, spec, axes)
     return _quantize_parts(x, spec, axes, mesh)
 
